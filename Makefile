@@ -1,0 +1,51 @@
+# Two commands suffice: `make demo` and `make test`. Both make .venv first, once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+# Nothing started from here reports home, looks for updates or installs packages of its own accord.
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-full test test-slow check clean
+
+help: ## Show this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo '  PYTHON=python3.12 chooses the interpreter, ARGS="..." is handed to the command or to pytest.'
+
+setup: $(READY) ## Make .venv with the pinned versions (again only if pyproject.toml or constraints.txt change).
+
+# torch goes first: its wheel is the largest, so a failed download shows before anything else is done.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("cotune needs Python 3.11 or newer: make PYTHON=python3.11 setup" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: setup ## Fine-tune a small model over simulated hospitals, privately, and write the report.
+	$(BIN)/cotune simulate recipe:icd10-routing $(ARGS)
+
+demo-full: setup ## The demo, and the baselines it is compared with.
+	$(BIN)/cotune simulate recipe:icd10-routing --baselines $(ARGS)
+
+test: setup ## The default tests: no network, no GPU, no Flower process.
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: setup ## The slow tests: real packages, Flower's engine.
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: setup ## The gate: format, lint, types, default tests.
+	scripts/check $(ARGS)
+
+clean: ## Remove caches and build products; .venv, runs/ and data/ stay.
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis ./*.fab ./*.egg-info
+	find shared client server simulations tests -name __pycache__ -type d -prune -exec rm -rf {} +

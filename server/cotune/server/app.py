@@ -1,0 +1,33 @@
+"""The Flower ServerApp: a run folder, Flower's Grid, and `conduct` between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from cotune.server.conduct import conduct
+from cotune.server.grid import GridFleet
+from cotune.shared.job import Job
+from cotune.shared.runs import RunFolder
+
+RunConfig = Mapping[str, bool | float | int | str]
+
+
+def server_app(open_run: Callable[[RunConfig], RunFolder], sites_of: Callable[[Job], Sequence[str]]) -> ServerApp:
+    """A ServerApp that runs the job its run configuration names.
+
+    Args:
+        open_run: The run folder for a run configuration; made if need be.
+        sites_of: Names of a job's sites.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:  # pyright: ignore[reportUnusedFunction]
+        run = open_run(context.run_config)
+        job = run.job()
+        conduct(run, GridFleet(grid, sites_of(job), job.federation.round_timeout_s), "flower")
+
+    return app

@@ -1,0 +1,40 @@
+"""One run from its folder to its published result, over any fleet; the run's status says how it ended."""
+
+from __future__ import annotations
+
+from cotune.server.coordinator import Coordinator, Fleet
+from cotune.server.evaluation import GlobalEvaluator
+from cotune.server.publish import publish
+from cotune.shared.errors import CotuneError, RunFailed
+from cotune.shared.methods import layout_of
+from cotune.shared.model import locate
+from cotune.shared.runs import RunFolder
+
+
+def conduct(run: RunFolder, fleet: Fleet, engine: str) -> None:
+    """Run all rounds and publish.
+
+    Whatever happens, `state.json` holds the outcome when this returns or raises.
+
+    Raises:
+        CotuneError: The run failed, by name; a defect is named without its text.
+    """
+    try:
+        run.set_state("running", 0)
+        job = run.job()
+        base = locate(job)
+        layout, config = layout_of(job, base)
+        evaluator = GlobalEvaluator(job)
+        outcome = Coordinator(run, layout, config, evaluator).run(fleet)
+        publish(run, outcome, evaluator, layout, config, base, engine)
+    except KeyboardInterrupt:
+        run.set_state("cancelled", int(run.state()["round"]))
+        raise
+    except CotuneError as error:
+        status = "paused" if error.code == "E-MIN-SITES" else "failed"
+        run.set_state(status, int(run.state()["round"]), error)
+        raise
+    except Exception as error:
+        failure = RunFailed("E-INTERNAL", f"{type(error).__name__}: a defect of cotune ended the run")
+        run.set_state("failed", int(run.state()["round"]), failure)
+        raise

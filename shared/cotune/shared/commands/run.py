@@ -1,0 +1,76 @@
+"""`cotune eval`, `report`, `verify`, `export`: what can be done with a run or an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cotune.shared.cli import show
+from cotune.shared.errors import RunFailed
+from cotune.shared.runs import find_run
+
+Reference = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, id, unique prefix, or `latest`.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON envelope.")]
+
+
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or the folder of a PEFT adapter.")],
+    data: Annotated[Path | None, typer.Option(help="Any JSONL; default: the run's own evaluation file.")] = None,
+    job: Annotated[Path | None, typer.Option(help="Job file that names the base model, for a lone adapter.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Score the base model without the adapter.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first rows.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Score a run or adapter: loss, token accuracy, and accuracy where the answers can be listed."""
+    from cotune.shared.scoring import score
+
+    scored = score(run, data=data, job_file=job, base_only=base, limit=limit)
+    lines = [f"rows            {scored.examples}", f"loss            {scored.loss:.4f}"]
+    lines.append(f"token accuracy  {scored.token_accuracy:.3f}")
+    if scored.accuracy is not None:
+        interval = f"{scored.accuracy_low:.3f} to {scored.accuracy_high:.3f}"
+        lines.append(f"accuracy        {scored.accuracy:.3f}  (95 % interval {interval})")
+    show(scored.to_dict(), as_json=as_json, text="\n".join(lines))
+
+
+def report(run: Reference = "latest", as_json: JsonFlag = False) -> None:
+    """Write a run's report: one self-contained HTML page, also for a run that failed or goes on."""
+    from cotune.shared.report.page import write_report
+
+    page = write_report(find_run(run))
+    show({"report": str(page)}, as_json=as_json, text=f"wrote {page}")
+
+
+def verify(run: Reference = "latest", as_json: JsonFlag = False) -> None:
+    """Check a run without trusting its figures: hashes, epsilon from events by two accountants, reloaded loss."""
+    from cotune.shared.verification import verify_run
+
+    folder = find_run(run)
+    checks = verify_run(folder)
+    lines = [f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.detail}" for check in checks]
+    failed = [check for check in checks if not check.passed]
+    data = {"run": folder.run_id, "checks": [check.to_dict() for check in checks]}
+    if failed and not as_json:
+        typer.echo("\n".join(lines))
+    if failed:
+        raise RunFailed(
+            "E-VERIFY", f"{folder.run_id}: {len(failed)} of {len(checks)} checks failed: "
+            + "; ".join(f"{check.name}: {check.detail}" for check in failed),
+        )  # fmt: skip
+    show(data, as_json=as_json, text="\n".join(lines))
+
+
+def export(
+    run: Reference,
+    out: Annotated[Path, typer.Option("--out", "--peft", help="The new folder.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base model.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Copy a run's adapter out as a plain PEFT folder, or merged into its base model."""
+    from cotune.shared.scoring import export_adapter
+
+    export_adapter(find_run(run), out, merge=merge)
+    what = "merged model" if merge else "adapter"
+    show({"folder": str(out), "merged": merge}, as_json=as_json, text=f"wrote the {what} to {out}")

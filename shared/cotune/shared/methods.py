@@ -1,0 +1,197 @@
+"""LoRA on a base model: attach, read out, write in, save as PEFT.
+
+    y = W x + (alpha / r) B A x        W frozen; A [r, in] orthonormal rows; B [out, r] starts at zero
+
+With `freeze_a` only B is trained and averaged: the mean of the products is then the product of the mean
+(FFA-LoRA, Sun et al. 2024), and orthonormal A gives what a server-side SVD would (||A|| = 1).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cotune.shared.adapter import Layout, Vector
+from cotune.shared.errors import ModelError, did_you_mean
+from cotune.shared.files import write_atomic
+from cotune.shared.job import Job
+from cotune.shared.model import BaseModel, load_model
+
+OUTPUT_LAYERS = ("lm_head", "embed_tokens", "classifier", "score")
+
+
+def peft_config(job: Job, model: Any) -> Any:
+    """The PEFT configuration of the job's adapter on this model.
+
+    Raises:
+        ModelError: No such module, a rank above the dimension, or more layers than there are.
+    """
+    from peft import LoraConfig
+
+    _check_targets(job, model)
+    layers = int(model.config.num_hidden_layers)
+    wanted = layers if job.lora.last_layers == "all" else job.lora.last_layers
+    if not 1 <= wanted <= layers:
+        raise ModelError(
+            "E-LORA-LAYERS",
+            f"lora.last_layers: expected 1 to {layers}, got {wanted}",
+            param="lora.last_layers",
+        )
+    classify = job.task.kind == "classify"
+    return LoraConfig(
+        task_type="SEQ_CLS" if classify else "CAUSAL_LM",
+        r=job.lora.r,
+        lora_alpha=job.lora.alpha,  # pyright: ignore[reportArgumentType] - a float works and is needed
+        lora_dropout=0.0,
+        target_modules=list(job.lora.target_modules),
+        layers_to_transform=list(range(layers - wanted, layers)),
+        modules_to_save=["score" if hasattr(model, "score") else "classifier"] if classify else None,
+        inference_mode=False,
+    )
+
+
+def _check_targets(job: Job, model: Any) -> None:
+    from torch import nn
+
+    linear = {n.rpartition(".")[2]: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    known = sorted(set(linear) - set(OUTPUT_LAYERS))
+    for name in job.lora.target_modules:
+        if name not in known:
+            raise ModelError(
+                "E-LORA-TARGET",
+                f"lora.target_modules: this model has no linear layer `{name}` to adapt; it has {', '.join(known)}."
+                + did_you_mean(name, known),
+                param="lora.target_modules",
+            )
+        dimension = min(linear[name].in_features, linear[name].out_features)
+        if job.lora.r > dimension:
+            raise ModelError(
+                "E-LORA-RANK",
+                f"lora.r = {job.lora.r} exceeds the smaller dimension {dimension} of `{name}`",
+                param="lora.r",
+                hint=f"cotune config validate run.toml lora.r={dimension}",
+            )
+
+
+def attach(model: Any, job: Job) -> Any:
+    """Put the adapter, at its public initial values, into a base model. Returns the PEFT model."""
+    from peft import get_peft_model
+
+    with quiet_peft():
+        adapted = get_peft_model(model, peft_config(job, model))
+    parameters = _parameters(adapted)
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(not (job.lora.freeze_a and ".lora_A." in name))
+    if next(iter(parameters.values())).device.type != "meta":
+        write(adapted, initial_values(layout(adapted), job.run.seed))
+    return adapted.eval()
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Generator[None]:
+    """Without the warning that peft 0.21 asks transformers 5 for an attribute by its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+
+def layout(adapted: Any) -> Layout:
+    """Names and shapes of an attached adapter."""
+    parameters = _parameters(adapted)
+    return Layout(
+        shapes={name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        trained=tuple(name for name, parameter in parameters.items() if parameter.requires_grad),
+    )
+
+
+def layout_of(job: Job, base: BaseModel) -> tuple[Layout, dict[str, Any]]:
+    """The adapter's layout and PEFT configuration (plain JSON values) without loading any weight."""
+    model = load_model(base, job, weights=False)
+    config = peft_config(job, model).to_dict()
+    return layout(attach(model, job)), {
+        **_plain(config),
+        "base_model_name_or_path": base.name,
+        "inference_mode": True,
+    }
+
+
+def initial_values(shape: Layout, seed: int) -> dict[str, Vector]:
+    """Public starting values: A with orthonormal rows drawn from the seed, everything else zero."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    values: dict[str, Vector] = {}
+    for name, size in shape.shapes.items():
+        if ".lora_A." in name:
+            q, r = np.linalg.qr(generator.standard_normal(size[::-1]))
+            values[name] = np.ascontiguousarray((q * np.sign(np.diagonal(r))).T, dtype=np.float32)
+        else:
+            values[name] = np.zeros(size, dtype=np.float32)
+    return values
+
+
+def write(adapted: Any, arrays: Mapping[str, Vector]) -> None:
+    """Write named arrays into an attached adapter, in place."""
+    import torch
+
+    parameters = _parameters(adapted)
+    with torch.no_grad():
+        for name, array in arrays.items():
+            parameters[name].copy_(torch.from_numpy(np.array(array)))
+
+
+def read(adapted: Any) -> dict[str, Vector]:
+    """Copies of all arrays of an attached adapter."""
+    return {name: p.detach().cpu().numpy().astype(np.float32) for name, p in _parameters(adapted).items()}
+
+
+def trainable(adapted: Any) -> dict[str, Any]:
+    """The trained parameters by PEFT name, in the layout's order."""
+    return {name: p for name, p in _parameters(adapted).items() if p.requires_grad}
+
+
+def save(folder: Path, arrays: Mapping[str, Vector], config: Mapping[str, Any], card: str) -> None:
+    """Write a plain PEFT folder: adapter_config.json, adapter_model.safetensors, README.md.
+
+    Raises:
+        StorageError: The disk is full or read-only.
+    """
+    from safetensors.numpy import save as to_bytes
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in arrays.items()}
+    write_atomic(folder / "adapter_config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    write_atomic(folder / "README.md", card.encode())
+    write_atomic(folder / "adapter_model.safetensors", to_bytes(tensors, metadata={"format": "pt"}))
+
+
+def _parameters(adapted: Any) -> dict[str, Any]:
+    """The adapter's parameters under the names PEFT saves them by, sorted."""
+    from peft import get_peft_model_state_dict
+
+    saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    live = {
+        name.replace(".modules_to_save.default", "").replace(".default", ""): parameter
+        for name, parameter in adapted.named_parameters()
+        if ".lora_" in name or ".modules_to_save." in name
+    }
+    if saved.keys() != live.keys():
+        raise ModelError("E-LORA-NAMES", "PEFT would save other tensors than are trained; this version is unsupported")
+    return {name: live[name] for name in sorted(live)}
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as JSON values: sets become sorted lists, enums their values."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, set | frozenset):
+            return sorted(value)
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return getattr(value, "value", value)
+
+    return {key: plain(value) for key, value in config.items()}

@@ -1,0 +1,39 @@
+"""What the coordinator asks of one site in one round; public by construction."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from cotune.shared.job import Job, Sha256, SiteName
+
+
+def cotune_version() -> str:
+    """The version of cotune that is installed here."""
+    return version("cotune")
+
+
+class RoundPlan(BaseModel):
+    """A request to train.
+
+    Attributes:
+        run_id: Name of the coordinator's run, for the site's own records.
+        cotune: Version the coordinator runs; a site refuses another.
+        job: The resolved job.
+        site: Who is asked.
+        round: Counted from 1.
+        base_sha256: Hash of the flat global adapter that comes with the plan.
+        frozen_sha256: Fingerprint of the adapter's initial values, which the site must arrive at too.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    cotune: Annotated[str, Field(default_factory=cotune_version, max_length=40)]
+    job: Job
+    site: SiteName
+    round: int = Field(ge=1)
+    base_sha256: Sha256
+    frozen_sha256: Sha256

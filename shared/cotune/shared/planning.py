@@ -1,0 +1,155 @@
+"""A job's cost before any data is touched: noise, epsilon by round, steps, bytes, memory, time."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cotune.shared.errors import PrivacyError
+from cotune.shared.job import Job
+from cotune.shared.methods import layout_of
+from cotune.shared.model import BaseModel, load_model
+from cotune.shared.plan import RoundPlan, cotune_version
+from cotune.shared.privacy.accounting import calibrate_noise, epsilon
+from cotune.shared.privacy.mechanism import mechanism_of
+
+RESERVE = 1 - 1e-9
+ACTIVATION_COPIES = 20  # measured: hidden-sized fp32 arrays a layer keeps for its backward pass
+LATENCY = 0.2  # share of a matrix product's speed that a whole training step reaches on small batches
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `cotune plan` says. Bytes are of one site and round; times are upper estimates for this machine."""
+
+    noise_multiplier: float | None
+    delta: float | None
+    epsilon_by_round: tuple[float, ...]
+    sampling_probability: float
+    steps: int
+    trained_parameters: int
+    base_parameters: int
+    bytes_up: int
+    bytes_down: int
+    memory_bytes: int
+    seconds_estimate: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON."""
+        return asdict(self)
+
+
+def resolve(job: Job) -> Job:
+    """Fill every `auto` that needs no data: delta, noise multiplier, workers, threads.
+
+    Raises:
+        PrivacyError: delta lets one record leak whole, or no noise reaches the budget.
+    """
+    cores = os.cpu_count() or 1
+    sites = len(job.data.sites) or job.federation.sites
+    workers = min(cores, sites) if job.simulation.workers == "auto" else job.simulation.workers
+    threads = max(1, cores // workers) if job.simulation.threads == "auto" else job.simulation.threads
+    job = job.replace(simulation={"workers": workers, "threads": threads})
+    return job if job.privacy.level == "none" else _resolve_privacy(job)
+
+
+def _resolve_privacy(job: Job) -> Job:
+    limit = 1 / job.data.records_per_site
+    delta = 0.1 * limit if job.privacy.delta == "auto" else job.privacy.delta
+    if not 0 < delta < limit:
+        raise PrivacyError(
+            "E-DELTA",
+            f"privacy.delta: expected above 0 and below 1 / data.records_per_site = {limit:.3g}, got {delta:g}:"
+            " at that value one record could be published whole",
+            param="privacy.delta",
+            hint='set privacy.delta = "auto" (1 / (10 records_per_site))',
+        )
+    noise = job.privacy.noise_multiplier
+    if noise == "auto":
+        noise = calibrate_noise(
+            sampling_probability=job.sampling_probability,
+            steps=job.steps,
+            target_epsilon=job.privacy.epsilon * RESERVE,
+            delta=delta,
+        )
+    resolved = job.replace(privacy={"delta": delta, "noise_multiplier": noise})
+    cost = epsilon([mechanism_of(resolved).event(job.steps)], delta)
+    if cost > job.privacy.epsilon:
+        raise PrivacyError(
+            "E-BUDGET-IMPOSSIBLE",
+            f"privacy.noise_multiplier = {noise:g} costs epsilon {cost:.3f} over {job.steps} steps,"
+            f" more than privacy.epsilon = {job.privacy.epsilon:g}",
+            param="privacy.noise_multiplier",
+            hint='set privacy.noise_multiplier = "auto"',
+        )
+    return resolved
+
+
+def make_plan(job: Job, base: BaseModel) -> Plan:
+    """The plan of a resolved job on a base model; reads the model's configuration, never any data."""
+    model = load_model(base, job, weights=False)
+    parameters = sum(p.numel() for p in model.parameters())
+    config = model.config
+    layers = int(config.num_hidden_layers)
+    top = layers if job.lora.last_layers == "all" else job.lora.last_layers
+    size = layout_of(job, base)[0].size
+    header = len(_sample_plan(job).model_dump_json())
+    tokens = job.train.microbatch * job.model.max_length
+    activations = tokens * (int(config.hidden_size) * ACTIVATION_COPIES * top + int(getattr(config, "vocab_size", 0)))
+    return Plan(
+        noise_multiplier=None if job.privacy.level == "none" else _number(job.privacy.noise_multiplier),
+        delta=None if job.privacy.level == "none" else _number(job.privacy.delta),
+        epsilon_by_round=epsilon_by_round(job),
+        sampling_probability=job.sampling_probability,
+        steps=job.steps,
+        trained_parameters=size,
+        base_parameters=parameters,
+        bytes_up=4 * size + 600,
+        bytes_down=4 * size + header,
+        memory_bytes=4 * (parameters + activations + job.train.microbatch * size),
+        seconds_estimate=_seconds(job, parameters, top / layers),
+    )
+
+
+def epsilon_by_round(job: Job) -> tuple[float, ...]:
+    """Epsilon spent after each round of a resolved job, at its delta; empty without privacy."""
+    if job.privacy.level == "none":
+        return ()
+    mechanism, delta = mechanism_of(job), _number(job.privacy.delta)
+    return tuple(
+        epsilon([mechanism.event(number * job.train.local_steps)], delta) for number in range(1, job.run.rounds + 1)
+    )
+
+
+def _number(value: float | str) -> float:
+    return value if isinstance(value, float) else math.nan
+
+
+def _sample_plan(job: Job) -> RoundPlan:
+    zero = "0" * 64
+    return RoundPlan(
+        run_id="0" * 40,
+        cotune=cotune_version(),
+        job=job,
+        site="site-1",
+        round=1,
+        base_sha256=zero,
+        frozen_sha256=zero,
+    )
+
+
+def _seconds(job: Job, parameters: int, top: float) -> float:
+    """Upper estimate: every record at full length, forward through all layers, backward through the top."""
+    import torch
+
+    a = torch.randn(512, 512)
+    started = time.perf_counter()
+    for _ in range(20):
+        torch.mm(a, a)
+    rate = 20 * 2 * 512**3 / (time.perf_counter() - started)
+    sites = len(job.data.sites) or job.federation.sites
+    tokens = job.steps * job.train.batch_size * sites * job.model.max_length
+    return tokens * parameters * 2 * (1 + top) / (rate * LATENCY)

@@ -1,0 +1,201 @@
+"""The run folder: everything a run leaves behind, readable while it runs and after.
+
+run.toml resolved.toml plan.json state.json summary.json MANIFEST.json
+events.jsonl metrics.jsonl metrics.csv checkpoints.jsonl
+checkpoints/round-00005/   the two newest, each a plain PEFT folder
+adapter/                   the result, a plain PEFT folder with a filled model card
+privacy/                   claim.json accountant.json statement.txt
+report/index.html          env/hardware.json env/lock.txt
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from cotune.shared.errors import CotuneError, JobError
+from cotune.shared.files import append_line, file_sha256, read_lines, storage_errors, write_atomic, write_json
+from cotune.shared.job import Job
+from cotune.shared.jobfile import dump_toml, load_job
+
+Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
+METRIC_COLUMNS = (
+    "round", "site", "valid_loss", "accuracy", "accuracy_low", "accuracy_high", "examples",
+    "epsilon", "update_norm", "bytes_up", "bytes_down", "seconds",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder on disk and the only code that knows its layout."""
+
+    path: Path
+
+    @property
+    def run_id(self) -> str:
+        """Date, random part and name; a prefix that is unique is enough on the command line."""
+        return self.path.name
+
+    @property
+    def adapter(self) -> Path:
+        """The final adapter: a plain PEFT folder."""
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints by round."""
+        return self.path / "checkpoints"
+
+    @property
+    def privacy(self) -> Path:
+        """Claim, accountant's events, statement."""
+        return self.path / "privacy"
+
+    def job(self) -> Job:
+        """The resolved job."""
+        return load_job(self.path / "resolved.toml")
+
+    def emit(self, kind: str, message: str, level: str = "info", **data: object) -> None:
+        """Append one event. Data must be public: no text, no record id, no private count."""
+        append_line(
+            self.path / "events.jsonl",
+            {
+                "id": f"ev-{secrets.token_hex(6)}",
+                "created_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                "level": level,
+                "type": kind,
+                "message": message,
+                "data": data,
+            },
+        )
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events so far, oldest first."""
+        return read_lines(self.path / "events.jsonl")
+
+    def record_metrics(self, **row: object) -> None:
+        """Append one row of public metrics; see `METRIC_COLUMNS`."""
+        unknown = row.keys() - set(METRIC_COLUMNS)
+        if unknown:
+            raise ValueError(f"unknown metric columns {sorted(unknown)}; known: {METRIC_COLUMNS}")
+        append_line(self.path / "metrics.jsonl", row)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All metric rows so far. Rows of the whole federation have no `site`."""
+        return read_lines(self.path / "metrics.jsonl")
+
+    def set_state(self, status: Status, round_number: int, error: CotuneError | None = None) -> None:
+        """Publish the run's status atomically and as an event."""
+        state = {
+            "status": status,
+            "round": round_number,
+            "updated_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "error": {**error.to_dict(), "exit_code": error.exit_code} if error else None,
+        }
+        write_json(self.path / "state.json", state)
+        level = "error" if status == "failed" else "info"
+        self.emit("status", f"run {status}" + (f": {error.message}" if error else ""), level, **state)
+
+    def state(self) -> dict[str, Any]:
+        """The last published status: status, round, updated_at, error."""
+        return _read_json(self.path / "state.json")
+
+    def summary(self) -> dict[str, Any]:
+        """The run's result in figures; see `server.coordinator`."""
+        return _read_json(self.path / "summary.json")
+
+    def claim(self) -> dict[str, Any]:
+        """The privacy claim."""
+        return _read_json(self.privacy / "claim.json")
+
+    def write_metrics_csv(self) -> None:
+        """Write metrics.csv from metrics.jsonl."""
+        buffer = io.StringIO()
+        writer: csv.DictWriter[str] = csv.DictWriter(buffer, METRIC_COLUMNS)
+        writer.writeheader()
+        writer.writerows(self.metrics())
+        write_atomic(self.path / "metrics.csv", buffer.getvalue().encode())
+
+    def files(self) -> dict[str, Path]:
+        """The run's files by relative name, in order: all but the manifest itself and the engine's log."""
+        files = sorted(p for p in self.path.rglob("*") if p.is_file() and p.suffix != ".log")
+        return {str(p.relative_to(self.path)): p for p in files if p.name != "MANIFEST.json"}
+
+    def write_manifest(self) -> None:
+        """Write the SHA-256 of every file of the run, in order of names."""
+        write_json(self.path / "MANIFEST.json", {name: file_sha256(path) for name, path in self.files().items()})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise JobError("E-RUN-FILE", f"{path}: cannot be read ({error})", hint="cotune simulate run.toml") from None
+
+
+def create_run(out: Path, job: Job, source: bytes) -> RunFolder:
+    """Make a new run folder holding the job as given and as resolved.
+
+    Args:
+        out: The folder runs go into; made if it is missing.
+        job: The resolved job.
+        source: The job file's bytes as the user wrote them.
+    """
+    name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}-{job.run.name}"
+    folder = RunFolder(out.resolve() / name)
+    with storage_errors(folder.path):
+        for part in (folder.path, folder.checkpoints, folder.privacy, folder.path / "env"):
+            part.mkdir(parents=True)
+    write_atomic(folder.path / "run.toml", source)
+    write_atomic(folder.path / "resolved.toml", dump_toml(job).encode())
+    write_json(folder.path / "env" / "hardware.json", _hardware())
+    packages = sorted({f"{d.name}=={d.version}" for d in metadata.distributions()})
+    write_atomic(folder.path / "env" / "lock.txt", ("\n".join(packages) + "\n").encode())
+    folder.set_state("queued", 0)
+    return folder
+
+
+def _hardware() -> dict[str, object]:
+    return {
+        "machine": platform.machine(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+
+
+def runs_home() -> Path:
+    """Where runs go when nothing is said: ./runs."""
+    return Path("runs")
+
+
+def find_run(reference: str, home: Path | None = None) -> RunFolder:
+    """A run by path, by id, by a unique prefix of either part of its id, or `latest`.
+
+    Raises:
+        JobError: None or several match.
+    """
+    path = Path(reference)
+    if (path / "state.json").exists():
+        return RunFolder(path.resolve())
+    home = home or runs_home()
+    known = sorted(p.parent for p in home.glob("*/state.json"))
+    if reference == "latest" and known:
+        return RunFolder(known[-1].resolve())
+    matches = [p for p in known if p.name.startswith(reference) or f"-{reference}" in p.name]
+    if len(matches) != 1:
+        found = "none" if not matches else ", ".join(p.name for p in matches)
+        raise JobError("E-RUN-UNKNOWN", f"expected one run called `{reference}` in {home}, found {found}", param="RUN")
+    return RunFolder(matches[0].resolve())

@@ -1,0 +1,58 @@
+"""What Flower's door opens on: the server and client app of a simulation, each loaded only where it runs."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cotune.shared.errors import RefusedError
+from cotune.shared.plan import cotune_version
+from cotune.shared.runs import RunFolder
+from cotune.simulations.scenario import answer_plan, prepare_run, site_names
+
+if TYPE_CHECKING:
+    from cotune.server.app import RunConfig
+
+
+class Apps:
+    """Flower's two apps, for the cotune of one version.
+
+    Raises:
+        RefusedError: The bundle was made by another version than is installed here.
+    """
+
+    def __init__(self, bundle_version: str) -> None:
+        if bundle_version != cotune_version():
+            raise RefusedError(
+                "E-VERSION",
+                f"the bundle is of cotune {bundle_version}, installed here is {cotune_version()}",
+                hint=f"pip install cotune=={bundle_version}",
+            )
+
+    @cached_property
+    def server(self) -> object:
+        """The coordinator: a ServerApp."""
+        from cotune.server.app import server_app
+
+        return server_app(open_run, site_names)
+
+    @cached_property
+    def client(self) -> object:
+        """The courier of every simulated site: a ClientApp."""
+        from cotune.client.courier import client_app
+
+        return client_app(answer_plan)
+
+
+def open_run(config: RunConfig) -> RunFolder:
+    """The prepared run that `run-dir` names, or a new one for `job`; in the user's data folder if unsaid."""
+    folder = Path(str(config["run-dir"])) if config["run-dir"] else _data_folder() / "runs"
+    if (folder / "resolved.toml").exists():
+        return RunFolder(folder)
+    return prepare_run(str(config["job"]), (), folder)
+
+
+def _data_folder() -> Path:
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "cotune"

@@ -1,0 +1,164 @@
+"""`cotune init`, `recipes`, `simulate`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import click
+import typer
+
+from cotune.shared.cli import show
+from cotune.shared.errors import CotuneError, JobError, StorageError
+from cotune.shared.runs import RunFolder, find_run
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON envelope.")]
+NOT_PRIVATE_HINT = "add --i-know if nobody's privacy is at stake"
+
+
+def recipes(
+    action: Annotated[str, typer.Argument(help="list, or show")] = "list",
+    name: Annotated[str | None, typer.Argument(help="The recipe to show.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """List the built-in jobs, or show one: cotune recipes show NAME."""
+    from cotune.simulations.scenario import recipe_names, recipe_path
+
+    if action not in ("list", "show") or (action == "show") != (name is not None):
+        raise JobError("E-USAGE", "expected `cotune recipes` or `cotune recipes show NAME`", hint="cotune recipes")
+    if name:
+        text = recipe_path(name).read_text(encoding="utf-8").rstrip()
+        show({"name": name, "text": text}, as_json=as_json, text=text)
+        return
+    listed = {recipe: _first_line(recipe_path(recipe)) for recipe in recipe_names()}
+    width = max(len(recipe) for recipe in listed)
+    lines = [f"{recipe:<{width}}  {line}" for recipe, line in listed.items()]
+    show(listed, as_json=as_json, text="\n".join([*lines, "", "Run one: cotune simulate recipe:NAME"]))
+
+
+def _first_line(path: Path) -> str:
+    return path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(help="The new study's folder.")],
+    recipe: Annotated[str, typer.Option(help="The job to start from; see `cotune recipes`.")] = "quickstart",
+    as_json: JsonFlag = False,
+) -> None:
+    """Start a study: a job file to edit and, for the quick start, sample data. Nothing is downloaded."""
+    from cotune.simulations.quickstart import write_samples
+    from cotune.simulations.scenario import recipe_path
+
+    source = recipe_path(recipe)
+    if folder.exists() and any(folder.iterdir()):
+        raise StorageError("E-EXISTS", f"{folder} is not empty; nothing was written", hint="cotune init another-name")
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, folder / "run.toml")
+    files = write_samples(folder / "data") if recipe == "quickstart" else []
+    made = [str(folder / "run.toml"), *map(str, files)]
+    text = "\n".join([*(f"wrote {name}" for name in made), "", f"Next: cd {folder} && cotune plan run.toml"])
+    show({"files": made}, as_json=as_json, text=text)
+
+
+def simulate(
+    job: Annotated[str, typer.Argument(help="A job file, or recipe:NAME.")] = "run.toml",
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings: privacy.epsilon=3 run.seed=1 ...")] = None,
+    engine: Annotated[Literal["flower", "inline"], typer.Option(help="Flower's engine, or one process.")] = "flower",
+    sites: Annotated[int | None, typer.Option(help="Short for federation.sites=N.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder the run's folder is made in.")] = Path("runs"),
+    resume: Annotated[str | None, typer.Option(help="Go on with an interrupted run instead.")] = None,
+    baselines: Annotated[bool, typer.Option("--baselines", help="Also: each site alone, no privacy, pooled.")] = False,
+    i_know: Annotated[bool, typer.Option("--i-know", help="Run a job that gives no privacy at all.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Events as JSON lines, then one envelope.")] = False,
+) -> None:
+    """Run a job over sites on this machine. The exit code is the run's outcome."""
+    from cotune.simulations.scenario import prepare_run
+
+    if resume:
+        run = find_run(resume, out)
+    else:
+        settings = [*(overrides or []), *([f"federation.sites={sites}"] if sites else [])]
+        run = prepare_run(job, settings, out)
+    _require_consent(run, i_know)
+    if not quiet and not as_json:
+        click.echo(f"run {run.run_id} in {run.path}", err=True)
+    _run_shown(run, engine, quiet=quiet, as_json=as_json)
+    if baselines:
+        from cotune.simulations.baselines import add_baselines
+
+        add_baselines(run, quiet=quiet or as_json)
+    _show_result(run, as_json)
+
+
+def _require_consent(run: RunFolder, i_know: bool) -> None:
+    job = run.job()
+    if job.is_private or i_know:
+        return
+    what = "privacy.level = none" if job.privacy.level == "none" else "privacy.noise = test"
+    error = JobError(
+        "E-NON-PRIVATE",
+        f"{what}: this run would give NO privacy; every artefact would say so",
+        hint=NOT_PRIVATE_HINT,
+    )
+    run.set_state("cancelled", 0, error)
+    raise error
+
+
+def _run_shown(run: RunFolder, engine: str, *, quiet: bool, as_json: bool) -> None:
+    """Run on an engine with progress; kept features are removed whatever happens; raise the run's own error."""
+    from cotune.simulations.progress import shown
+    from cotune.simulations.scenario import work_folder
+
+    try:
+        with shown(run, quiet=quiet, as_json=as_json):
+            if engine == "flower":
+                from cotune.simulations.flower import run_on_flower
+
+                run_on_flower(run)
+            else:
+                from cotune.simulations.federation import run_inline
+
+                run_inline(run)
+    except BaseException as error:
+        if run.state()["status"] in ("queued", "running"):
+            known = error if isinstance(error, CotuneError) else None
+            run.set_state("failed" if known else "cancelled", int(run.state()["round"]), known)
+        raise
+    finally:
+        shutil.rmtree(work_folder(run.run_id), ignore_errors=True)
+    _raise_outcome(run)
+
+
+def _raise_outcome(run: RunFolder) -> None:
+    """The engine may be other processes: their outcome is in the run's state."""
+    state = run.state()
+    if state["status"] == "succeeded":
+        return
+    fault = state["error"] or {
+        "code": "E-RUN",
+        "message": f"the run was {state['status']}",
+        "param": None,
+        "hint": None,
+    }
+    raise _Ended(fault)
+
+
+class _Ended(CotuneError):
+    """A run that ended without a result, as its state says it."""
+
+    def __init__(self, fault: dict[str, Any]) -> None:
+        super().__init__(fault["code"], fault["message"], param=fault["param"], hint=fault["hint"])
+        self.exit_code = int(fault.get("exit_code") or 1)
+
+
+def _show_result(run: RunFolder, as_json: bool) -> None:
+    from cotune.simulations.progress import result_text
+
+    if as_json:
+        envelope = {"schema_version": 1, "status": "ok", "terminal": True, "data": run.summary()}
+        click.echo(json.dumps({**envelope, "run": str(run.path)}))
+    else:
+        click.echo(result_text(run))

@@ -1,0 +1,33 @@
+"""A federation in one process, without Flower: the same functions in the same order, no wire."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from cotune.server.conduct import conduct
+from cotune.shared.adapter import Vector
+from cotune.shared.plan import RoundPlan
+from cotune.shared.runs import RunFolder
+from cotune.shared.update import Answer
+from cotune.simulations.scenario import answer_plan, site_names
+
+
+class InlineFleet:
+    """A `Fleet` of simulated sites that train one after the other."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._names = tuple(site_names(run.job()))
+
+    def sites(self) -> Sequence[str]:
+        """Names of the sites of this run, in order."""
+        return self._names
+
+    def ask(self, plans: Sequence[RoundPlan], adapter: Vector) -> Iterator[Answer]:
+        """Train each site in turn."""
+        for plan in plans:
+            yield answer_plan(plan, adapter.copy())
+
+
+def run_inline(run: RunFolder) -> None:
+    """Run a prepared run in this process. Raises as `conduct` does."""
+    conduct(run, InlineFleet(run), "inline")

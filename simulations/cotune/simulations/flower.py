@@ -1,0 +1,207 @@
+"""Flower's simulation engine: a SuperLink of our own, from an empty folder on a free port, stopped afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import tomli_w
+
+from cotune.shared.errors import ConnectionFailed, RunFailed
+from cotune.shared.plan import cotune_version
+from cotune.shared.runs import RunFolder
+from cotune.simulations.scenario import site_names
+
+CONNECTION = "cotune"
+START_TIMEOUT_S = 120.0
+POLL_S = 0.5
+ASK_FLOWER_S = 20.0
+STOP_S = 20.0
+OVER = ("succeeded", "failed", "cancelled", "paused")
+
+BUNDLE_CODE = '''"""Flower's door into cotune: all a site has to approve. The rest is the cotune it installed."""
+
+from cotune.simulations.apps import Apps
+
+apps = Apps(bundle_version="{version}")
+'''
+
+
+def run_on_flower(run: RunFolder) -> None:
+    """Run a prepared run on Flower's simulation engine and wait for its end.
+
+    Raises:
+        RunFailed: Flower ended the run without our coordinator having said how.
+        ConnectionFailed: The SuperLink did not start, or the run was not accepted.
+    """
+    with tempfile.TemporaryDirectory(prefix="cotune-flower-") as name:
+        home = Path(name)
+        port = _free_port()
+        environment = _environment(home, port)
+        log = run.path / "env" / "flower.log"
+        with _superlink(home, port, environment, log) as superlink:
+            run_id = _submit(run, home, environment)
+            _wait(run, superlink, run_id, environment)
+
+
+def write_bundle(folder: Path, run_dir: str) -> None:
+    """Write the Flower app: metadata and three lines of code, nothing else."""
+    folder.mkdir(parents=True)
+    version = cotune_version()
+    project = {
+        "project": {"name": "cotune", "version": version, "description": "cotune", "license": "Apache-2.0"},
+        "tool": {
+            "flwr": {
+                "app": {
+                    "publisher": "cotune",
+                    "fab-include": ["/flower_app.py"],
+                    "components": {
+                        "serverapp": "flower_app:apps.server",
+                        "clientapp": "flower_app:apps.client",
+                    },
+                    "config": {"job": "", "run-dir": run_dir},
+                }
+            }
+        },
+    }
+    (folder / "pyproject.toml").write_text(tomli_w.dumps(project), encoding="utf-8")
+    (folder / "flower_app.py").write_text(BUNDLE_CODE.format(version=version), encoding="utf-8")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _environment(home: Path, port: int) -> dict[str, str]:
+    flower_home = home / "flwr"
+    flower_home.mkdir()
+    config = {"superlink": {"default": CONNECTION, CONNECTION: {"address": f"127.0.0.1:{port}", "insecure": True}}}
+    (flower_home / "config.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
+    return {
+        **os.environ,
+        "FLWR_HOME": str(flower_home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "NO_COLOR": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
+
+
+@contextlib.contextmanager
+def _superlink(home: Path, port: int, environment: dict[str, str], log: Path) -> Generator[subprocess.Popen[bytes]]:
+    """A SuperLink, in its own process group, started in an empty folder so that only the bundle's code is found."""
+    empty = home / "empty"
+    empty.mkdir()
+    command = [
+        "flower-superlink", "--insecure", "--simulation", "--disable-runtime-dependency-installation",
+        "--host", "127.0.0.1", "--port", str(port),
+    ]  # fmt: skip
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=empty,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            _await_health(process, port, log)
+            yield process
+        finally:
+            _stop(process)
+
+
+def _await_health(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    health = f"http://127.0.0.1:{port}/health"
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(URLError, ConnectionError, TimeoutError), urlopen(health, timeout=5):
+            return
+        time.sleep(POLL_S)
+    raise ConnectionFailed("E-SUPERLINK", f"Flower's SuperLink did not start on port {port}; its words are in {log}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the SuperLink and every process it started, by their pids."""
+    import psutil
+
+    try:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        family = []
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.terminate()
+    _, alive = psutil.wait_procs(family, timeout=STOP_S)
+    for member in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait(timeout=STOP_S)
+
+
+def _submit(run: RunFolder, home: Path, environment: dict[str, str]) -> str:
+    job = run.job()
+    app = home / "cotune"
+    write_bundle(app, str(run.path))
+    federation = (
+        f"num-supernodes={len(site_names(job))} client-resources-num-cpus=1 client-resources-num-gpus=0.0"
+        f" init-args-num-cpus={job.simulation.workers} init-args-num-gpus=0"
+    )
+    answer = _flwr(["run", str(app), CONNECTION, "--federation-config", federation], environment)
+    if not answer.get("success") or "run-id" not in answer:
+        raise ConnectionFailed("E-SUBMIT", "Flower did not accept the run", hint=f"see {run.path}/env/flower.log")
+    return str(answer["run-id"])
+
+
+def _flwr(arguments: Sequence[str], environment: dict[str, str]) -> dict[str, Any]:
+    done = subprocess.run(
+        ["flwr", *arguments, "--format", "json"], env=environment, capture_output=True, text=True, check=False
+    )
+    try:
+        return json.loads(done.stdout[done.stdout.index("{") :])
+    except ValueError:
+        return {}
+
+
+def _wait(run: RunFolder, superlink: subprocess.Popen[bytes], run_id: str, environment: dict[str, str]) -> None:
+    """Wait for our own coordinator's word; Flower is asked now and then whether it still runs at all."""
+    asked = time.monotonic()
+    while run.state()["status"] not in OVER:
+        time.sleep(POLL_S)
+        if superlink.poll() is not None:
+            raise RunFailed("E-FLOWER", "Flower's SuperLink ended", hint=f"see {run.path}/env/flower.log")
+        if time.monotonic() - asked > ASK_FLOWER_S:
+            asked = time.monotonic()
+            listed = _flwr(["list", CONNECTION, "--run-id", run_id], environment)
+            if (
+                any(str(r.get("status", "")).startswith("finished") for r in listed.get("runs", ()))
+                and run.state()["status"] not in OVER
+            ):
+                _keep_log(run, run_id, environment)
+                raise RunFailed(
+                    "E-FLOWER", "Flower ended the run without a result", hint=f"see {run.path}/env/flower.log"
+                )
+
+
+def _keep_log(run: RunFolder, run_id: str, environment: dict[str, str]) -> None:
+    """Append what Flower's processes said, which the SuperLink keeps only while it runs."""
+    with (run.path / "env" / "flower.log").open("ab") as log:
+        subprocess.run(["flwr", "log", run_id, CONNECTION, "--show"], env=environment, stdout=log, check=False)

@@ -1,0 +1,173 @@
+"""A whole federation on this machine: the job's sites, their records, and one warm model for all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+
+from cotune.client.site import Site
+from cotune.client.training import Trainer
+from cotune.shared.adapter import Vector
+from cotune.shared.datasets import dataset_path
+from cotune.shared.errors import CotuneError, JobError, did_you_mean
+from cotune.shared.evaluation import choices_of
+from cotune.shared.examples import Example, tokenize
+from cotune.shared.files import append_line
+from cotune.shared.job import DataSettings, Job
+from cotune.shared.jobfile import load_job, parse_job
+from cotune.shared.packages import cache_dir
+from cotune.shared.plan import RoundPlan
+from cotune.shared.planning import resolve
+from cotune.shared.records import Record, read_records
+from cotune.shared.runs import RunFolder, create_run
+from cotune.shared.update import Answer, SiteFailure
+from cotune.shared.warm import warm_network
+from cotune.simulations.partition import split
+
+RECIPE = "recipe:"
+
+
+def recipe_names() -> list[str]:
+    """Names of the jobs that ship with cotune."""
+    folder = resources.files("cotune.simulations") / "recipes"
+    return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a built-in job.
+
+    Raises:
+        JobError: There is none of that name.
+    """
+    if name not in recipe_names():
+        known = ", ".join(recipe_names())
+        raise JobError(
+            "E-RECIPE", f"no recipe `{name}`; there are: {known}.{did_you_mean(name, recipe_names())}",
+            hint="cotune recipes",
+        )  # fmt: skip
+    return Path(str(resources.files("cotune.simulations") / "recipes" / f"{name}.toml"))
+
+
+def job_path(source: str) -> Path:
+    """A job file's path, or that of `recipe:NAME`."""
+    return recipe_path(source.removeprefix(RECIPE)) if source.startswith(RECIPE) else Path(source)
+
+
+def prepare_run(source: str, overrides: Sequence[str], out: Path) -> RunFolder:
+    """Read, resolve and check a job with all its data, and make its run folder.
+
+    Raises:
+        CotuneError: Anything that would make the run fail later and can be known now.
+    """
+    path = job_path(source)
+    job = resolve(_with_data(load_job(path, overrides)))
+    check_sites(job)
+    return create_run(out, job, path.read_bytes())
+
+
+def _with_data(job: Job) -> Job:
+    """Fetch what the job names as `dataset:`, and resolve the answers that are ranked."""
+
+    def local(name: str) -> str:
+        return str(dataset_path(name)) if name.startswith("dataset:") else name
+
+    job = job.replace(
+        data={
+            "train": local(job.data.train) if job.data.train else None,
+            "sites": {site: local(file) for site, file in job.data.sites.items()},
+        },
+        eval={"data": local(job.eval.data) if job.eval.data else None},
+    )
+    if job.eval.data and job.eval.choices == "auto":
+        return job.replace(eval={"choices": tuple(choices_of(read_records(Path(job.eval.data)), job))})
+    return job
+
+
+def check_sites(job: Job) -> None:
+    """Read every site's records once, so that bad rows and empty sites show before any round.
+
+    Raises:
+        DataError: A file cannot be read, a row is malformed, or a site has no record.
+    """
+    for site in site_names(job):
+        site_records(job, site)
+
+
+def site_names(job: Job) -> list[str]:
+    """Names of the job's sites, in order."""
+    return sorted(job.data.sites) if job.data.sites else sorted(_shares(_data_key(job)))
+
+
+def site_records(job: Job, site: str) -> list[Record]:
+    """One site's records.
+
+    Raises:
+        DataError: The file cannot be read or the site has no record.
+    """
+    if job.data.sites:
+        return read_records(Path(job.data.sites[site]), job.data.format)
+    records, shares = _pool(_data_key(job))
+    return [records[row] for row in shares[site]]
+
+
+def _data_key(job: Job) -> str:
+    part = {"data": job.data.model_dump(mode="json"), "sites": job.federation.sites, "seed": job.run.seed}
+    return json.dumps(part, sort_keys=True)
+
+
+def _shares(key: str) -> Mapping[str, list[int]]:
+    return _pool(key)[1]
+
+
+@lru_cache(maxsize=2)
+def _pool(key: str) -> tuple[list[Record], Mapping[str, list[int]]]:
+    """All records of the simulation and each site's share of them; in a simulation one process owns them all."""
+    part = json.loads(key)
+    data = DataSettings.model_validate(part["data"])
+    records = read_records(Path(data.train or ""), data.format)
+    return records, split(records, data, part["sites"], part["seed"])
+
+
+def work_folder(run_id: str) -> Path:
+    """Where a simulation keeps what its sites may keep but nobody else may see; removed when the run ends."""
+    return cache_dir() / "work" / run_id
+
+
+class SimulatedRecords:
+    """`SiteData` of a simulation: any site of any job."""
+
+    def examples(self, job: Job, site: str) -> list[Example]:
+        """One site's records as examples."""
+        return tokenize(site_records(job, site), warm_network(job)[1], job)
+
+
+def answer_plan(plan: RoundPlan, adapter: Vector) -> Answer:
+    """Train one round at one simulated site, in this process; a `courier.Answerer`.
+
+    An error becomes the site's failure, without the text of any record.
+    """
+    work = work_folder(plan.run_id)
+
+    def progress(step: int) -> None:
+        append_line(work / "progress.jsonl", {"site": plan.site, "round": plan.round, "step": step})
+
+    try:
+        work.mkdir(mode=0o700, parents=True, exist_ok=True)
+        site = Site(plan.site, SimulatedRecords(), work / plan.site)
+        return site.train(plan, adapter, _trainer(plan.job.to_json()), progress)
+    except CotuneError as error:
+        return SiteFailure(site=plan.site, code=error.code, message=error.message, exit_code=error.exit_code)
+    except Exception as error:
+        if os.environ.get("COTUNE_DEBUG") == "1":
+            raise
+        return SiteFailure(site=plan.site, code="E-INTERNAL", message=type(error).__name__, exit_code=5)
+
+
+@lru_cache(maxsize=1)
+def _trainer(job_json: str) -> Trainer:
+    job = parse_job(json.loads(job_json), origin="plan")
+    return Trainer(warm_network(job)[0], job)

@@ -1,0 +1,167 @@
+"""Tiny real models and data: a two-minute suite needs no download."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cotune.shared.job import Job
+from cotune.shared.jobfile import parse_job
+
+WORDS = tuple(
+    [
+        "fever",
+        "cough",
+        "heart",
+        "skin",
+        "eye",
+        "lung",
+        "bone",
+        "tooth",
+        "pain",
+        "rash",
+        "blood",
+        "vessel",
+        "chronic",
+        "acute",
+        "left",
+        "right",
+        "upper",
+    ]
+)
+LABELS = ("cardio", "derma", "pulmo")
+MakeJob = Callable[..., Job]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's caches."""
+    if "COTUNE_TEST_SHARED_CACHE" not in os.environ:
+        monkeypatch.setenv("COTUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _one_warm_model() -> Iterator[None]:
+    """Each test starts without a warm model of another."""
+    yield
+    import sys
+
+    for name, function in (
+        ("cotune.shared.warm", "_load"),
+        ("cotune.simulations.scenario", "_trainer"),
+        ("cotune.simulations.scenario", "_pool"),
+    ):
+        if name in sys.modules:
+            getattr(sys.modules[name], function).cache_clear()
+
+
+def _tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = ["[UNK]", "[CLS]", "[SEP]", "<end>", *WORDS, *LABELS, "Diagnosis", "Specialty", ":", "."]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        eos_token="<end>",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+    )
+    fast.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of four layers with a word tokenizer: no padding token, no chat template."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-causal")
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    _tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT of two layers with a word tokenizer."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("tiny-encoder")
+    torch.manual_seed(8)
+    config = BertConfig(
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    BertModel(config).save_pretrained(folder)
+    _tokenizer(folder)
+    return folder
+
+
+def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
+    """Made-up diagnoses: the label follows from the words, so that it can be learnt."""
+    made: list[dict[str, Any]] = []
+    for i in range(start, start + count):
+        label = LABELS[i % len(LABELS)]
+        sign = {"cardio": "heart blood", "derma": "skin rash", "pulmo": "lung cough"}[label]
+        text = f"{WORDS[i % 7]} {sign} {WORDS[(i * 5) % 17]} {WORDS[(i * 3) % 11]}"
+        made.append({"prompt": f"Diagnosis: {text}. Specialty:", "completion": f" {label}", "label": label})
+    return made
+
+
+def write_rows(path: Path, made: list[dict[str, Any]]) -> Path:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def make_job(tiny_causal: Path, tmp_path: Path) -> MakeJob:
+    """A small completion job over three sites; settings are given as section=dict."""
+    write_rows(tmp_path / "train.jsonl", rows(90))
+    write_rows(tmp_path / "eval.jsonl", rows(30, start=1000))
+
+    def make(**sections: dict[str, Any]) -> Job:
+        settings: dict[str, dict[str, Any]] = {
+            "run": {"name": "tiny", "seed": 3, "rounds": 2},
+            "model": {"base": str(tiny_causal), "max_length": 32},
+            "lora": {"r": 2, "alpha": 4.0, "last_layers": 2},
+            "data": {"train": str(tmp_path / "train.jsonl"), "records_per_site": 30},
+            "train": {"batch_size": 10, "local_steps": 2, "learning_rate": 0.5, "microbatch": 4},
+            "privacy": {"epsilon": 8.0},
+            "federation": {"sites": 3},
+            "eval": {"data": str(tmp_path / "eval.jsonl")},
+            "simulation": {"workers": 2, "threads": 1},
+        }
+        for section, changes in sections.items():
+            settings[section] = {**settings.get(section, {}), **changes}
+        return parse_job({"schema": 1, **settings}, origin="test")
+
+    return make
