@@ -13,26 +13,24 @@ import pytest
 from cotune.shared.job import Job
 from cotune.shared.jobfile import parse_job
 
-WORDS = tuple(
-    [
-        "fever",
-        "cough",
-        "heart",
-        "skin",
-        "eye",
-        "lung",
-        "bone",
-        "tooth",
-        "pain",
-        "rash",
-        "blood",
-        "vessel",
-        "chronic",
-        "acute",
-        "left",
-        "right",
-        "upper",
-    ]
+WORDS = (
+    "fever",
+    "cough",
+    "heart",
+    "skin",
+    "eye",
+    "lung",
+    "bone",
+    "tooth",
+    "pain",
+    "rash",
+    "blood",
+    "vessel",
+    "chronic",
+    "acute",
+    "left",
+    "right",
+    "upper",
 )
 LABELS = ("cardio", "derma", "pulmo")
 MakeJob = Callable[..., Job]

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
@@ -34,6 +35,17 @@ COMMANDS: dict[str, Entry] = {
     "verify": Entry("cotune.shared.commands.run:verify", "Check a run: files, adapter, epsilon recomputed."),
     "export": Entry("cotune.shared.commands.run:export", "Copy a run's adapter out, or merge it into the base."),
 }
+
+
+RECIPES = "cotune.simulations.scenario:recipe_path"  # the shared room imports no other: looked up by name
+
+
+def job_file(source: str) -> Path:
+    """A job file's path; `recipe:NAME` is one that ships with cotune."""
+    if not source.startswith("recipe:"):
+        return Path(source)
+    module_name, _, attribute = RECIPES.partition(":")
+    return getattr(importlib.import_module(module_name), attribute)(source.removeprefix("recipe:"))
 
 
 class LazyGroup(click.Group):

@@ -18,7 +18,7 @@ from cotune.shared.privacy.mechanism import mechanism_of
 
 RESERVE = 1 - 1e-9
 ACTIVATION_COPIES = 20  # measured: hidden-sized fp32 arrays a layer keeps for its backward pass
-LATENCY = 0.2  # share of a matrix product's speed that a whole training step reaches on small batches
+EFFICIENCY = 0.4  # share of a matrix product's speed that a whole training step reaches on small batches
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,13 @@ def _seconds(job: Job, parameters: int, top: float) -> float:
     """Upper estimate: every record at full length, forward through all layers, backward through the top."""
     import torch
 
+    workers, threads = job.simulation.workers, job.simulation.threads
+    torch.set_num_threads(1 if threads == "auto" else threads)
     a = torch.randn(512, 512)
     started = time.perf_counter()
     for _ in range(20):
         torch.mm(a, a)
-    rate = 20 * 2 * 512**3 / (time.perf_counter() - started)
+    rate = 20 * 2 * 512**3 / (time.perf_counter() - started) * (1 if workers == "auto" else workers)
     sites = len(job.data.sites) or job.federation.sites
     tokens = job.steps * job.train.batch_size * sites * job.model.max_length
-    return tokens * parameters * 2 * (1 + top) / (rate * LATENCY)
+    return tokens * parameters * 2 * (1 + top) / (rate * EFFICIENCY)

@@ -12,6 +12,7 @@ from pathlib import Path
 from cotune.client.site import Site
 from cotune.client.training import Trainer
 from cotune.shared.adapter import Vector
+from cotune.shared.cli import job_file
 from cotune.shared.datasets import dataset_path
 from cotune.shared.errors import CotuneError, JobError, did_you_mean
 from cotune.shared.evaluation import choices_of
@@ -27,8 +28,6 @@ from cotune.shared.runs import RunFolder, create_run
 from cotune.shared.update import Answer, SiteFailure
 from cotune.shared.warm import warm_network
 from cotune.simulations.partition import split
-
-RECIPE = "recipe:"
 
 
 def recipe_names() -> list[str]:
@@ -52,18 +51,13 @@ def recipe_path(name: str) -> Path:
     return Path(str(resources.files("cotune.simulations") / "recipes" / f"{name}.toml"))
 
 
-def job_path(source: str) -> Path:
-    """A job file's path, or that of `recipe:NAME`."""
-    return recipe_path(source.removeprefix(RECIPE)) if source.startswith(RECIPE) else Path(source)
-
-
 def prepare_run(source: str, overrides: Sequence[str], out: Path) -> RunFolder:
     """Read, resolve and check a job with all its data, and make its run folder.
 
     Raises:
         CotuneError: Anything that would make the run fail later and can be known now.
     """
-    path = job_path(source)
+    path = job_file(source)
     job = resolve(_with_data(load_job(path, overrides)))
     check_sites(job)
     return create_run(out, job, path.read_bytes())

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cotune.shared.cli import show
+from cotune.shared.cli import job_file, show
 from cotune.shared.job import Job
 from cotune.shared.jobfile import dump_toml, load_job
 from cotune.shared.planning import Plan
@@ -22,17 +21,6 @@ config = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mod
 
 def _job(source: str, overrides: list[str] | None) -> Job:
     return load_job(job_file(source), overrides or ())
-
-
-def job_file(source: str) -> Path:
-    """A job file's path; `recipe:NAME` is looked up among the recipes that ship with cotune."""
-    name = source.removeprefix("recipe:")
-    if name == source:
-        return Path(source)
-    from importlib import import_module
-
-    # By name: the shared room imports no other, and a site may be installed without simulations.
-    return import_module("cotune.simulations.scenario").recipe_path(name)
 
 
 @config.command()

@@ -133,14 +133,9 @@ def calibrate_noise(*, sampling_probability: float, steps: int, target_epsilon: 
         PrivacyError: Even MAX_NOISE_MULTIPLIER does not reach the target: no step can be taken under it.
     """
 
-    from scipy.optimize import brentq
-
     def cost(noise: float) -> float:
         event = DpSgdEvent(sampling_probability=sampling_probability, noise_multiplier=noise, steps=steps)
         return epsilon([event], delta)
-
-    def excess(log_noise: float) -> float:
-        return math.log(max(cost(math.exp(log_noise)), 1e-9) / target_epsilon)
 
     if cost(MAX_NOISE_MULTIPLIER) > target_epsilon:
         raise PrivacyError(
@@ -151,19 +146,29 @@ def calibrate_noise(*, sampling_probability: float, steps: int, target_epsilon: 
             param="privacy.epsilon",
             hint="raise privacy.epsilon, or lower run.rounds, train.local_steps or train.batch_size",
         )
-    high = 1.0
-    while cost(high) > target_epsilon:
-        high *= 2
-    low = high / 2
-    while low > MIN_NOISE_MULTIPLIER and cost(low) <= target_epsilon:
-        low, high = low / 2, low
-    if cost(low) <= target_epsilon:
-        return low
-    root: Any = brentq(excess, math.log(low), math.log(high), xtol=1e-4)
-    safe = math.exp(root)
+    safe = _root(cost, target_epsilon)
     while cost(safe) > target_epsilon:
         safe *= 1 + CALIBRATION_TOLERANCE / 4
     return safe
+
+
+def _root(cost: Callable[[float], float], target: float) -> float:
+    """A noise multiplier whose cost is close to the target; the cost falls as noise grows."""
+    from scipy.optimize import brentq
+
+    def excess(log_noise: float) -> float:
+        return math.log(max(cost(math.exp(log_noise)), 1e-9) / target)
+
+    high = 1.0
+    while cost(high) > target:
+        high *= 2
+    low = high / 2
+    while low > MIN_NOISE_MULTIPLIER and cost(low) <= target:
+        low, high = low / 2, low
+    if cost(low) <= target:
+        return low
+    root: Any = brentq(excess, math.log(low), math.log(high), xtol=1e-4)
+    return math.exp(root)
 
 
 def _private(events: tuple[Event, ...]) -> tuple[DpSgdEvent, ...]:

@@ -24,9 +24,22 @@ UNPROTECTED = (
     "the base model and what it was trained on before",
     "evaluation figures: computed on public data only",
     "people with several records: the unit is one row, and protection weakens with every further row",
+    "rounding: sums are floating-point, and attacks on their last bits are made harder, not impossible",
     "what is asked of the model later: prompts are not protected by training",
     "trials: settings tuned by running on the same records again cost more than one run says",
 )
+COMPOSITION = {
+    "within_site": "PLD over all steps of all rounds, adaptive",
+    "across_sites": "parallel: the largest site's epsilon, valid if nobody's rows are at two sites",
+    "across_runs": "not composed: every further run on the same rows adds to this one",
+    "tuning": "not accounted",
+}
+THREAT_MODEL = {
+    "coordinator": "sees each site's noised update of every round; covered",
+    "other sites": "see global adapters; covered, also if they collude",
+    "readers of the released model": "covered",
+    "the site's own staff": "trusted with its records; not covered",
+}
 NON_PRIVATE = "This run gives NO privacy guarantee."
 
 
@@ -68,19 +81,9 @@ def build_claim(job: Job, accounts: Mapping[str, Sequence[dict[str, Any]]], subj
             "person_level": "not claimed: a person with several rows is protected less than one row is",
         },
         "sites": sites,
-        "composition": {
-            "within_site": f"PLD over all {job.steps} planned steps, adaptive",
-            "across_sites": "parallel: the largest site's epsilon, valid if nobody's rows are at two sites",
-            "across_runs": "not composed: every further run on the same rows adds to this one",
-            "tuning": "not accounted",
-        },
+        "composition": COMPOSITION,
         "mechanism": _mechanism(job),
-        "threat_model": {
-            "coordinator": "sees each site's noised update of every round; covered",
-            "other sites": "see global adapters; covered, also if they collude",
-            "readers of the released model": "covered",
-            "the site's own staff": "trusted with its records; not covered",
-        },
+        "threat_model": THREAT_MODEL,
         "unprotected": list(UNPROTECTED),
         "evidence": {"reload_check": subject.reload_check, "attack": "not run"},
         "software": {
