@@ -147,15 +147,15 @@ def test_no_global_generator_matters_or_is_moved() -> None:
 
     import torch
 
-    np.random.seed(1)  # noqa: NPY002
+    np.random.seed(1)
     random.seed(1)
     torch.manual_seed(1)
-    before = (np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist())  # noqa: NPY002 # pyright: ignore
+    before = (np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist())  # pyright: ignore
     first = secure_stream().normal(1000)
     test = reproducible_stream(1, "a", 1).normal(1000)
-    after = (np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist())  # noqa: NPY002 # pyright: ignore
+    after = (np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist())  # pyright: ignore
     assert before == after
-    np.random.seed(1)  # noqa: NPY002
+    np.random.seed(1)
     random.seed(1)
     torch.manual_seed(1)
     assert not np.array_equal(first, secure_stream().normal(1000))
@@ -167,3 +167,13 @@ def test_a_secret_key_is_not_readable_from_the_stream() -> None:
     held = [value for value in vars(stream).values() if isinstance(value, bytes | bytearray)]
     assert held == []
     assert repr(stream).startswith("<cotune.client.randomness.RandomStream object at 0x")
+
+
+def test_a_normal_number_is_half_the_sum_of_four_box_muller_draws() -> None:
+    words = reproducible_stream(3, "site-1", 2).uniform_bits(9)
+    pairs = (words[:8].reshape(4, 2) >> np.uint64(11)).astype(np.float64)
+    radius, angle = np.sqrt(-2 * np.log((pairs[:, 0] + 1) / 2**53)), 2 * np.pi * pairs[:, 1] / 2**53
+    stream = reproducible_stream(3, "site-1", 2)
+    wanted = [(radius * np.cos(angle)).sum() / 2, (radius * np.sin(angle)).sum() / 2]
+    np.testing.assert_allclose(stream.normal(2), wanted, rtol=1e-12)
+    assert stream.uniform_bits(1)[0] == words[8], "eight words make two numbers"

@@ -249,6 +249,12 @@ def test_every_recipe_is_listed_shown_and_valid(told) -> None:
         shown = told("recipes", "show", name)[1]
         assert shown.startswith("# ")
         assert envelope(told("recipes", "show", name, "--json")[1])["data"]["text"] == shown.rstrip("\n")
+        assert told("config", "validate", f"recipe:{name}", "privacy.noise_multiplier=50.0")[0] == 0
+
+
+@pytest.mark.slow
+def test_every_recipe_keeps_its_budget_with_the_noise_it_asks_for(told) -> None:
+    for name in envelope(told("recipes", "--json")[1])["data"]:
         assert told("config", "validate", f"recipe:{name}")[0] == 0
 
 
@@ -262,7 +268,7 @@ def test_a_new_study_is_ready_to_be_validated(told, tmp_path: Path) -> None:
         "data/train.jsonl",
         "run.toml",
     ]
-    assert told("config", "validate", folder / "run.toml")[0] == 0
+    assert told("config", "validate", folder / "run.toml", "privacy.noise_multiplier=50.0")[0] == 0
     assert told("data", "check", folder / "data" / "train.jsonl")[0] == 0
 
 

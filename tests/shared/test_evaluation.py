@@ -20,7 +20,7 @@ from cotune.shared.network import Network
 from cotune.shared.records import Record, read_records
 
 NESTED = (" heart", " heart blood", " heart lung", " heart blood vessel", " skin", " skin rash", " bone")
-SIGNS = "fever cough heart skin eye lung bone tooth pain rash blood vessel".split()
+SIGNS = ["fever", "cough", "heart", "skin", "eye", "lung", "bone", "tooth", "pain", "rash", "blood", "vessel"]
 
 
 @pytest.fixture(autouse=True)

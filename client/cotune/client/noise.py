@@ -23,5 +23,7 @@ def privatise(clipped_sum: NDArray[np.float64], mechanism: Mechanism, stream: Ra
     """
     noised = clipped_sum
     if mechanism.private:
-        noised = clipped_sum + mechanism.noise_standard_deviation * stream.normal(clipped_sum.size)
+        noised = clipped_sum + mechanism.noise_standard_deviation * stream.normal(clipped_sum.size).reshape(
+            clipped_sum.shape
+        )
     return (noised / mechanism.expected_batch_size).astype(np.float32)

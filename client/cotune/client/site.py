@@ -18,7 +18,7 @@ from cotune.shared.features import Features
 from cotune.shared.job import Job
 from cotune.shared.methods import initial_values, read, write
 from cotune.shared.plan import RoundPlan, cotune_version
-from cotune.shared.privacy.accounting import epsilon
+from cotune.shared.privacy.accounting import MIN_NOISE_MULTIPLIER, epsilon
 from cotune.shared.privacy.mechanism import mechanism_of
 from cotune.shared.update import AdapterUpdate, UpdateHeader
 
@@ -90,7 +90,9 @@ class Site:
     def _check(self, plan: RoundPlan, adapter: Vector, trainer: Trainer) -> None:
         facts = {
             "cotune version": (plan.cotune, cotune_version()),
+            "job": (plan.job.sha256(), trainer.job_sha256),
             "site": (plan.site, self.name),
+            "size": (str(trainer.layout.size), str(adapter.size)),
             "global adapter": (plan.base_sha256, flat_sha256(adapter)),
             "frozen part": (
                 plan.frozen_sha256,
@@ -109,7 +111,15 @@ class Site:
         delta = job.privacy.delta
         if delta == "auto":
             raise PrivacyError("E-UNRESOLVED", "privacy.delta is still `auto`: resolve the job first")
-        cost = epsilon([mechanism_of(job).event(job.steps)], delta)
+        mechanism = mechanism_of(job)
+        if mechanism.noise_multiplier < MIN_NOISE_MULTIPLIER:
+            raise RefusedError(
+                "E-BUDGET",
+                f"{self.name}: noise multiplier {mechanism.noise_multiplier:g} is below {MIN_NOISE_MULTIPLIER:g},"
+                " which no budget allows",
+                param="privacy.noise_multiplier",
+            )
+        cost = epsilon([mechanism.event(job.steps)], delta)
         if cost > job.privacy.epsilon:
             raise RefusedError(
                 "E-BUDGET",

@@ -30,6 +30,7 @@ class Trainer:
     def __init__(self, network: Network, job: Job) -> None:
         self.network = network
         self.layout: Layout = layout(network.adapted)
+        self.job_sha256 = job.sha256()
         self._job = job
         self._gradients = PerExampleGradients(network)
 

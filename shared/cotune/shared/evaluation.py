@@ -51,8 +51,9 @@ class Evaluator:
         self._examples = tokenize(records, tokenizer, job)
         self._features = Features(network, self._examples)
         choices = choices_of(records, job)
-        self._wanted = [choices.index(answer_of(r)) for r in records] if choices else []
-        self._choices = choice_tokens(choices, tokenizer, job)
+        tokens = dict(zip(choices, choice_tokens(choices, tokenizer), strict=True))
+        self._choices = sorted(set(tokens.values()))
+        self._wanted = [tokens[answer_of(record)] for record in records] if choices else []
 
     @torch.no_grad()
     def score(self, limit: int | None = None) -> Evaluation:
@@ -83,16 +84,14 @@ class Evaluator:
     def _hit(self, row: int, logits: Tensor) -> bool:
         """Whether constrained greedy decoding gives the record's own answer."""
         example = self._examples[row]
-        left, depth = list(range(len(self._choices))), 0
+        left, depth = self._choices, 0
         while len(left) > 1:
-            allowed = sorted({_token(self._choices[c], depth) for c in left} - {-1})
+            allowed = sorted({choice[depth] for choice in left})
             best = allowed[int(logits[allowed].argmax())]
-            kept = [c for c in left if _token(self._choices[c], depth) == best]
-            prefix = self._choices[kept[0]][: depth + 1]
-            left, depth = kept, depth + 1
-            if len(left) > 1 and len({self._choices[c] for c in left}) > 1:
-                longer = Example((*example.ids[: example.start], *prefix, 0), example.start + len(prefix))
-                logits = self._network.logits([longer], None)[0][0]
+            left, depth = [choice for choice in left if choice[depth] == best], depth + 1
+            if len(left) > 1:
+                longer = (*example.ids[: example.start], *left[0][:depth], 0)
+                logits = self._network.logits([Example(longer, example.start + depth)], None)[0][0]
         return left[0] == self._wanted[row]
 
 
@@ -121,10 +120,6 @@ def probe_records(job: Job) -> list[Record]:
         )
         for text in PROBE
     ]
-
-
-def _token(choice: tuple[int, ...], depth: int) -> int:
-    return choice[depth] if depth < len(choice) else -1
 
 
 def _summarise(losses: Scores, tokens: Scores, hits: Scores | None) -> Evaluation:

@@ -80,9 +80,10 @@ def answer_of(record: Record) -> str:
     return {"completion": record.completion, "label": f" {record.label}"}.get(record.shape, "")
 
 
-def choice_tokens(choices: Sequence[str], tokenizer: Any, job: Job) -> list[tuple[int, ...]]:
-    """Tokens of each answer a record may get, with the end token if the job learns it."""
-    return [tuple(_ids(tokenizer, choice) + _end(tokenizer, job)) for choice in choices]
+def choice_tokens(choices: Sequence[str], tokenizer: Any) -> list[tuple[int, ...]]:
+    """Tokens of each answer a record may get, ended, so that none is the beginning of another."""
+    end = -1 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+    return [(*_ids(tokenizer, choice), end) for choice in choices]
 
 
 def _conversation(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +32,7 @@ class Features:
         self._network = network
         self._examples = examples
         self._ends = np.cumsum([len(example.ids) for example in examples])
+        folder = folder / _digest(examples) if folder else None
         shape = (int(self._ends[-1]) if len(examples) else 0, network.hidden_size)
         self._kept = network.splits and 0 < shape[0] * shape[1] * 4 <= MAX_BYTES
         if self._kept:
@@ -60,5 +65,17 @@ def _array(folder: Path | None, name: str, shape: tuple[int, ...], dtype: type) 
     path = folder / name
     if not path.exists():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as part:
+            np.lib.format.open_memmap(part.name, mode="w+", dtype=dtype, shape=shape).flush()
+        with contextlib.suppress(FileExistsError):  # another process of this site was first: its file counts
+            os.link(part.name, path)
+        Path(part.name).unlink()
     return np.lib.format.open_memmap(path, mode="r+")
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    """Names exactly these examples in this order: other records never meet kept values of these."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(np.array([len(example.ids), *example.ids], dtype="<u4").tobytes())
+    return digest.hexdigest()[:16]

@@ -19,7 +19,7 @@ import numpy as np
 
 from cotune.shared.adapter import Layout, Vector
 from cotune.shared.errors import ModelError, did_you_mean
-from cotune.shared.files import write_atomic
+from cotune.shared.files import storage_errors, write_atomic
 from cotune.shared.job import Job
 from cotune.shared.model import BaseModel, load_model
 
@@ -162,7 +162,8 @@ def save(folder: Path, arrays: Mapping[str, Vector], config: Mapping[str, Any], 
     """
     from safetensors.numpy import save as to_bytes
 
-    folder.mkdir(parents=True, exist_ok=True)
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in arrays.items()}
     write_atomic(folder / "adapter_config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     write_atomic(folder / "README.md", card.encode())

@@ -13,7 +13,7 @@ from cotune.shared.job import Job
 from cotune.shared.methods import layout_of
 from cotune.shared.model import BaseModel, load_model
 from cotune.shared.plan import RoundPlan, cotune_version
-from cotune.shared.privacy.accounting import calibrate_noise, epsilon
+from cotune.shared.privacy.accounting import MIN_NOISE_MULTIPLIER, calibrate_noise, epsilon
 from cotune.shared.privacy.mechanism import mechanism_of
 
 RESERVE = 1 - 1e-9
@@ -68,6 +68,13 @@ def _resolve_privacy(job: Job) -> Job:
             hint='set privacy.delta = "auto" (1 / (10 records_per_site))',
         )
     noise = job.privacy.noise_multiplier
+    if noise != "auto" and noise < MIN_NOISE_MULTIPLIER:
+        raise PrivacyError(
+            "E-BUDGET-IMPOSSIBLE",
+            f"privacy.noise_multiplier = {noise:g} is below {MIN_NOISE_MULTIPLIER:g}: no budget allows that",
+            param="privacy.noise_multiplier",
+            hint='set privacy.noise_multiplier = "auto"',
+        )
     if noise == "auto":
         noise = calibrate_noise(
             sampling_probability=job.sampling_probability,

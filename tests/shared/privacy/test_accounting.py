@@ -120,7 +120,7 @@ def test_the_renyi_accountants_agree_with_quadrature_at_the_recorded_orders(vect
 
     accountant = RdpAccountant([vector["alpha"]])
     accountant.compose(PoissonSampledDpEvent(vector["q"], GaussianDpEvent(vector["sigma"])))
-    ours = accountant._rdp[0]  # noqa: SLF001 - dp-accounting has no other way to read one order
+    ours = accountant._rdp[0]
     theirs = opacus_rdp.compute_rdp(q=vector["q"], noise_multiplier=vector["sigma"], steps=1, orders=vector["alpha"])
     assert float(theirs) == pytest.approx(vector["rdp_quadrature"], rel=1e-6)
     assert ours == pytest.approx(vector["dp_accounting"], rel=1e-9)

@@ -7,6 +7,7 @@ the true epsilon on the reference vectors).
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -17,7 +18,7 @@ from cotune.shared.errors import PrivacyError
 from cotune.shared.privacy.event import DpSgdEvent, Event, NonPrivateEvent
 
 MAX_NOISE_MULTIPLIER = 200.0
-MIN_NOISE_MULTIPLIER = 0.2
+MIN_NOISE_MULTIPLIER = 0.2  # below it a step costs epsilon over 25, and its distribution takes minutes to compute
 CALIBRATION_TOLERANCE = 1e-3
 
 
@@ -77,7 +78,9 @@ def epsilon_by_prv(events: Iterable[Event], delta: float, *, error: float = 0.01
         return 0.0
     accountant = PRVAccountant()
     accountant.history = [(e.noise_multiplier, e.sampling_probability, e.steps) for e in _private(composed)]
-    with np.errstate(divide="ignore", invalid="ignore"):  # log(1 - q) at q = 1, masked by Opacus itself
+    with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
+        # Opacus masks its own log(1 - q) at q = 1, and warns of the RDP orders by which it chooses its grid.
+        warnings.simplefilter("ignore", UserWarning)
         return float(accountant.get_epsilon(delta, eps_error=error))
 
 
@@ -113,7 +116,7 @@ def tradeoff_curve(events: Iterable[Event], false_positive_rates: Sequence[float
         return [(rate, rate if bound == 0 else 1.0) for rate in false_positive_rates]
     pld = _pld(_private(composed))
     grid = [i / 20 for i in range(401)]
-    deltas = [float(pld.get_delta_for_epsilon(e)) for e in grid]
+    deltas = [float(delta) for delta in pld.get_delta_for_epsilon(np.array(grid))]
 
     def bound_at(rate: float) -> float:
         upper = min(math.exp(e) * rate + d for e, d in zip(grid, deltas, strict=True))
@@ -127,7 +130,8 @@ def calibrate_noise(*, sampling_probability: float, steps: int, target_epsilon: 
     """The least noise multiplier under which `steps` steps cost at most `target_epsilon` at `delta`.
 
     Guarantee: `epsilon` of the returned multiplier is <= `target_epsilon`; the root is found by
-    Brent's method and raised until that holds, within 0.1 % of the least.
+    Brent's method and raised until that holds, within 0.1 % of the least. Nothing below
+    MIN_NOISE_MULTIPLIER is searched: a larger target than that costs gets about that much noise.
 
     Raises:
         PrivacyError: Even MAX_NOISE_MULTIPLIER does not reach the target: no step can be taken under it.
@@ -185,18 +189,20 @@ def _to_dp_accounting(event: DpSgdEvent, dp_event: Any) -> Any:
     return dp_event.PoissonSampledDpEvent(event.sampling_probability, gaussian)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=8)  # each may take tens of megabytes
 def _pld(events: tuple[DpSgdEvent, ...]) -> Any:
     """Privacy loss distribution of composed events; interval 1e-4, pessimistic."""
     from dp_accounting.pld import privacy_loss_distribution as pld
 
     total = None
     for event in events:
+        # Without sampling, n Gaussian releases are exactly one of sqrt(n) times less noise.
+        whole = event.sampling_probability == 1
         one = pld.from_gaussian_mechanism(
-            event.noise_multiplier,
+            event.noise_multiplier / math.sqrt(event.steps if whole else 1),
             sampling_prob=event.sampling_probability,
             value_discretization_interval=1e-4,
             use_connect_dots=True,
-        ).self_compose(event.steps)
+        ).self_compose(1 if whole else event.steps)
         total = one if total is None else total.compose(one)
     return total

@@ -63,7 +63,7 @@ def build_claim(job: Job, accounts: Mapping[str, Sequence[dict[str, Any]]], subj
         accounts: Site -> its ledger entries ({"round", "event"}).
         subject: Run id, hashes of what is released, result of the reload check.
     """
-    private = job.is_private and bool(accounts)
+    private = job.is_private and bool(accounts) and all(_is_accounted(entries) for entries in accounts.values())
     delta = job.privacy.delta if job.privacy.delta != "auto" else math.nan
     sites = [_site(name, entries, job, delta) for name, entries in sorted(accounts.items())]
     claim: dict[str, Any] = {
@@ -109,6 +109,11 @@ def statement_text(claim: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _is_accounted(entries: Sequence[dict[str, Any]]) -> bool:
+    events = events_of(entries)
+    return bool(events) and all(isinstance(event, DpSgdEvent) for event in events)
+
+
 def events_of(entries: Sequence[dict[str, Any]]) -> list[Event]:
     """The events of one site's ledger entries."""
     return [event_from_dict(entry["event"]) for entry in entries]
@@ -117,7 +122,7 @@ def events_of(entries: Sequence[dict[str, Any]]) -> list[Event]:
 def _site(name: str, entries: Sequence[dict[str, Any]], job: Job, delta: float) -> dict[str, Any]:
     events = events_of(entries)
     counted = [event for event in events if isinstance(event, DpSgdEvent)]
-    cost = epsilon(events, delta) if counted and len(counted) == len(events) else math.inf
+    cost = epsilon(events, delta) if job.is_private and _is_accounted(entries) else math.inf
     return {
         "id": name,
         "sampling": "poisson",
@@ -166,12 +171,20 @@ def _mechanism(job: Job) -> dict[str, str]:
 def _statement(job: Job, sites: Sequence[dict[str, Any]], delta: float) -> str:
     worst = math.ceil(max(site["epsilon"] for site in sites) * 100) / 100
     return (
-        f"The released adapter and every checkpoint are ({worst:.2f}, {delta:.3g})-differentially private with respect"
+        f"The released adapter and every checkpoint are ({worst:.2f}, {_rounded_up(delta)})-differentially private with respect"
         f" to adding or removing one row of any one site's data, against everyone outside that site."
     )
+
+
+def _rounded_up(value: float) -> str:
+    """Three digits, never below the value: a claim may not say less than was computed."""
+    text = f"{value:.3g}"
+    return text if float(text) >= value else f"{value * 1.005:.3g}"
 
 
 def _non_private_statement(job: Job) -> str:
     if job.privacy.level == "none":
         return f"{NON_PRIVATE} It was trained without clipping and noise (privacy.level = none)."
+    if job.is_private:
+        return f"{NON_PRIVATE} Not everything it released was accounted for."
     return f"{NON_PRIVATE} Its noise was seeded for tests (privacy.noise = test) and can be subtracted by anybody."
