@@ -381,8 +381,8 @@ def nothing_unprotected(run: RunFolder) -> None:
 CHEATS: dict[Callable[[RunFolder], None], str] = {
     smaller_epsilon: "claim",
     smaller_epsilon_everywhere: "epsilon",
-    smaller_delta_in_the_guarantee: "epsilon",
-    epsilon_at_a_large_delta: "epsilon",
+    smaller_delta_in_the_guarantee: "claim",
+    epsilon_at_a_large_delta: "claim",
     bolder_words: "claim",
     other_weights: "released adapter",
     other_weights_claimed: "reloaded loss",

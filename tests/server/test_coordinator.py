@@ -15,7 +15,7 @@ from cotune.server.conduct import conduct
 from cotune.server.coordinator import Coordinator, Outcome
 from cotune.server.evaluation import GlobalEvaluator
 from cotune.shared.adapter import Vector, flat_sha256
-from cotune.shared.errors import CotuneError, RefusedError, RunFailed, StorageError
+from cotune.shared.errors import CotuneError, RunFailed, StorageError
 from cotune.shared.methods import layout_of
 from cotune.shared.model import locate
 from cotune.shared.plan import RoundPlan
@@ -220,7 +220,7 @@ def test_too_few_sites_pause_the_run_and_it_goes_on_when_they_are_back(start) ->
 
 def test_a_run_every_site_refuses_ends_as_refused(start) -> None:
     run = start()
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(CotuneError) as caught:
         conduct(run, Sites(dict.fromkeys(NAMES, refuse)), "test")
     assert (caught.value.code, caught.value.exit_code) == ("E-BUDGET", 6)
     assert run.state()["status"] == "failed"

@@ -20,7 +20,7 @@ from cotune.shared.records import read_records
 def own_cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("COTUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets, "N_TRAIN", 50)
-    monkeypatch.setattr(datasets, "N_EVAL", 25)
+    monkeypatch.setattr(datasets, "N_EVAL_PER_SPECIALTY", 2)
     return tmp_path / "cache"
 
 
@@ -60,13 +60,12 @@ def pinned(tmp_path, own_cache, monkeypatch) -> Path:
     return wheel
 
 
-def test_the_rows_are_billable_balanced_and_of_the_sizes_asked_for(tmp_path):
+def test_the_rows_are_billable_and_of_the_sizes_asked_for(tmp_path):
     files = build_icd10(code_book(tmp_path))
-    assert {name: len(rows) for name, rows in files.items()} == {"train.jsonl": 50, "eval.jsonl": 25}
+    assert {name: len(rows) for name, rows in files.items()} == {"train.jsonl": 50, "eval.jsonl": 2 * len(SPECIALTIES)}
+    assert set(Counter(row["label"] for row in files["eval.jsonl"]).values()) == {2}
     for rows in files.values():
-        counts = Counter(row["label"] for row in rows)
-        assert counts.keys() == SPECIALTIES.keys()
-        assert max(counts.values()) - min(counts.values()) <= 1
+        assert {row["label"] for row in rows} == SPECIALTIES.keys()
         assert not {"a heading", "no specialty"} & {row["text"] for row in rows}
 
 
@@ -85,7 +84,7 @@ def test_the_prompt_and_the_answer_are_the_text_and_the_label_in_words(tmp_path)
 
 
 def test_too_small_a_code_book_is_refused(tmp_path):
-    with pytest.raises(DataError, match="expected 8 rows of cardiology, found 3"):
+    with pytest.raises(DataError, match="expected 50 training texts, found 13"):
         build_icd10(code_book(tmp_path, rows_each=3))
 
 
@@ -129,11 +128,13 @@ def test_a_set_or_file_that_is_not_there_is_refused(reference):
 @pytest.mark.slow
 def test_the_real_code_book_gives_the_promised_rows(monkeypatch):
     monkeypatch.undo()
-    for file, expected in (("train.jsonl", datasets.N_TRAIN), ("eval.jsonl", datasets.N_EVAL)):
+    held_out = datasets.N_EVAL_PER_SPECIALTY
+    for file, expected in (("train.jsonl", datasets.N_TRAIN), ("eval.jsonl", held_out * len(SPECIALTIES))):
         rows = [json.loads(line) for line in dataset_path(f"icd10/{file}").read_text().splitlines()]
         counts = Counter(row["label"] for row in rows)
         assert len(rows) == expected
-        assert max(counts.values()) - min(counts.values()) <= 1
+        assert min(counts.values()) >= held_out
+        assert max(counts.values()) <= (datasets.MAX_PER_SPECIALTY if file == "train.jsonl" else held_out)
 
 
 def test_every_set_names_a_pinned_package():

@@ -60,6 +60,7 @@ def save_checkpoint(run: RunFolder, progress: Progress, config: Mapping[str, Any
                     "traffic": dict(progress.traffic),
                 },
             )
+            shutil.rmtree(target, ignore_errors=True)  # there only if it was found damaged
             staging.rename(target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)

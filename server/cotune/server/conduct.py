@@ -19,6 +19,11 @@ def conduct(run: RunFolder, fleet: Fleet, engine: str) -> None:
     Raises:
         CotuneError: The run failed, by name; a defect is named without its text.
     """
+    with run.held():
+        _conduct(run, fleet, engine)
+
+
+def _conduct(run: RunFolder, fleet: Fleet, engine: str) -> None:
     try:
         run.set_state("running", 0)
         job = run.job()

@@ -13,7 +13,7 @@ from cotune.server.checkpoint import Progress, load_checkpoint, save_checkpoint
 from cotune.server.evaluation import GlobalEvaluator
 from cotune.server.spending import Spending
 from cotune.shared.adapter import Layout, Vector, fingerprint, flat_sha256
-from cotune.shared.errors import RefusedError, RunFailed
+from cotune.shared.errors import RunFailed, ended
 from cotune.shared.job import Job
 from cotune.shared.methods import initial_values
 from cotune.shared.plan import RoundPlan, cotune_version
@@ -68,7 +68,7 @@ class Coordinator:
 
         Raises:
             RunFailed: Too few sites answered.
-            RefusedError: Every site refused.
+            CotuneError: Every site failed or refused for the same reason: that reason.
             StorageError: A checkpoint could not be written; earlier ones are whole.
         """
         started = time.monotonic()
@@ -94,18 +94,18 @@ class Coordinator:
         aggregate = AGGREGATORS[self._job.federation.aggregation]()
         traffic = dict(progress.traffic)
         refusals: list[SiteFailure] = []
-        admitted = 0
+        seen: set[str] = set()
         for answer in fleet.ask(list(plans.values()), flat):
             if isinstance(answer, SiteFailure):
                 refusals.append(answer)
-                self._run.emit("site", f"{answer.site}: {answer.message}", "warn", **answer.model_dump())
-            elif self._admit(answer, plans, number):
+                self._run.emit("site", f"{answer.site}: {answer.message}", "warn", failure=answer.model_dump())
+            elif self._admit(answer, plans, number, seen):
                 site = answer.header.site
                 aggregate.add(site, answer.delta)
                 down = int(flat.nbytes) + len(plans[site].model_dump_json())
                 traffic[site] = _plus(traffic.get(site, (0, 0)), (answer.bytes, down))
                 self._record_site(number, answer, down, time.monotonic() - started)
-                admitted += 1
+        admitted = len(seen)
         self._require(admitted, refusals, number)
         arrays = {**progress.arrays, **self._layout.unflatten(flat + aggregate.result())}
         self._run.emit("round", f"round {number}: {admitted} updates joined", round=number, admitted=admitted)
@@ -122,19 +122,24 @@ class Coordinator:
             frozen_sha256=self._frozen_sha256,
         )
 
-    def _admit(self, update: AdapterUpdate, plans: Mapping[str, RoundPlan], number: int) -> bool:
-        plan = plans.get(update.header.site)
+    def _admit(self, update: AdapterUpdate, plans: Mapping[str, RoundPlan], number: int, seen: set[str]) -> bool:
+        """Whether an answer counts; the sites whose answer does are collected in `seen`."""
+        site = update.header.site
+        plan = plans.get(site)
         reason = "nobody asked it" if plan is None else reason_to_reject(update, plan, self._layout.size)
-        if reason:
-            site = update.header.site
+        if site in seen:
+            reason = "it has answered already"
+        if reason is None:
+            seen.add(site)
+        else:
             self._run.emit("site", f"{site}: update rejected: {reason}", "warn", site=site, round=number)
         return reason is None
 
     def _require(self, admitted: int, refusals: Sequence[SiteFailure], number: int) -> None:
         if admitted >= max(1, self._job.federation.min_sites):
             return
-        if refusals and not admitted and all(refusal.exit_code == RefusedError.exit_code for refusal in refusals):
-            raise RefusedError(refusals[0].code, refusals[0].message)
+        if not admitted and len({(refusal.code, refusal.exit_code) for refusal in refusals}) == 1:
+            raise ended(refusals[0].code, refusals[0].message, refusals[0].exit_code)
         reasons = "; ".join(f"{refusal.site}: {refusal.message}" for refusal in refusals[:3])
         raise RunFailed(
             "E-MIN-SITES",

@@ -140,9 +140,6 @@ def run(arguments: list[str]) -> int:
             "hint": None,
         }
         return _report(fault, INTERRUPTED_EXIT_CODE, as_json)
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
     except Exception as error:  # noqa: BLE001 - the boundary: a defect of ours, said as one
         return _defect(error, as_json)
     return result if isinstance(result, int) else 0

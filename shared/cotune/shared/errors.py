@@ -98,6 +98,13 @@ class StorageError(CotuneError):
     exit_code = 1
 
 
+def ended(code: str, message: str, exit_code: int, hint: str | None = None) -> CotuneError:
+    """An error that was met in another process, with the exit code it had there."""
+    error = CotuneError(code, message, hint=hint)
+    error.exit_code = exit_code
+    return error
+
+
 INTERNAL_EXIT_CODE = 5
 INTERRUPTED_EXIT_CODE = 130
 

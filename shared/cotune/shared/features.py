@@ -13,6 +13,7 @@ import numpy as np
 
 from cotune.shared.adapter import Vector
 from cotune.shared.examples import Example
+from cotune.shared.files import storage_errors
 from cotune.shared.network import Network
 
 MAX_BYTES = 8 * 2**30
@@ -32,10 +33,10 @@ class Features:
         self._network = network
         self._examples = examples
         self._ends = np.cumsum([len(example.ids) for example in examples])
-        folder = folder / _digest(examples) if folder else None
         shape = (int(self._ends[-1]) if len(examples) else 0, network.hidden_size)
         self._kept = network.splits and 0 < shape[0] * shape[1] * 4 <= MAX_BYTES
         if self._kept:
+            folder = _own(folder, examples)
             self._values = _array(folder, "features.npy", shape, np.float32)
             self._known = _array(folder, "known.npy", (len(examples),), np.uint8)
 
@@ -64,18 +65,25 @@ def _array(folder: Path | None, name: str, shape: tuple[int, ...], dtype: type) 
         return np.zeros(shape, dtype)
     path = folder / name
     if not path.exists():
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as part:
             np.lib.format.open_memmap(part.name, mode="w+", dtype=dtype, shape=shape).flush()
+            with storage_errors(path):  # take the space now: a full disk met through a memory map kills the process
+                os.posix_fallocate(part.fileno(), 0, Path(part.name).stat().st_size)
         with contextlib.suppress(FileExistsError):  # another process of this site was first: its file counts
             os.link(part.name, path)
         Path(part.name).unlink()
     return np.lib.format.open_memmap(path, mode="r+")
 
 
-def _digest(examples: Sequence[Example]) -> str:
-    """Names exactly these examples in this order: other records never meet kept values of these."""
+def _own(folder: Path | None, examples: Sequence[Example]) -> Path | None:
+    """A private folder named by exactly these examples: other records never meet kept values of these."""
+    if folder is None:
+        return None
     digest = hashlib.sha256()
     for example in examples:
         digest.update(np.array([len(example.ids), *example.ids], dtype="<u4").tobytes())
-    return digest.hexdigest()[:16]
+    own = folder / digest.hexdigest()[:16]
+    with storage_errors(own):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        own.mkdir(mode=0o700, exist_ok=True)
+    return own

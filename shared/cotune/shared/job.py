@@ -14,6 +14,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from cotune.shared.errors import JobError
+
 Auto = Literal["auto"]
 SiteName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -60,7 +62,9 @@ class LoraSettings(_Section):
 class DataSettings(_Section):
     """Whose records: one file to be split over sites, or one file a site."""
 
-    train: str | None = Field(None, description="one JSONL file, or dataset:NAME/FILE, to be split over sites")
+    train: str | None = Field(
+        None, min_length=1, description="one JSONL file, or dataset:NAME/FILE, to be split over sites"
+    )
     sites: dict[SiteName, str] = Field(default_factory=dict, description="one JSONL file a site")
     format: Literal["auto", "completion", "messages", "text", "label"] = "auto"
     split: Literal["iid", "dirichlet", "column"] = "iid"
@@ -115,7 +119,7 @@ class FederationSettings(_Section):
 class EvalSettings(_Section):
     """Public held-out data the coordinator scores every global adapter on."""
 
-    data: str | None = None
+    data: str | None = Field(None, min_length=1, description="JSONL, or dataset:NAME/FILE")
     every: int = Field(1, ge=1, description="rounds between evaluations; the last is always scored")
     limit: int | None = Field(None, ge=1, description="score this many rows between rounds; all at the ends")
     choices: tuple[str, ...] | Auto = Field("auto", description="answers ranked; auto: the file's own, if few")
@@ -190,5 +194,14 @@ class Job(_Section):
 
 
 def absolute(path: str, folder: Path) -> str:
-    """A data path of a job file as an absolute one; `dataset:` names stay as they are."""
-    return path if path.startswith("dataset:") else str((folder / Path(path).expanduser()).resolve())
+    """A data path of a job file as an absolute one; `dataset:` names stay as they are.
+
+    Raises:
+        JobError: No file can have that name.
+    """
+    if path.startswith("dataset:"):
+        return path
+    try:
+        return str((folder / Path(path).expanduser()).resolve())
+    except (OSError, ValueError, RuntimeError):
+        raise JobError("E-CONFIG-VALUE", "a data path is not one a file can have", param="data") from None

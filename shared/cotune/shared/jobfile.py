@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import tomllib
@@ -42,9 +43,15 @@ def load_job(path: Path, overrides: Iterable[str] = ()) -> Job:
         },
         "eval": {"data": absolute(job.eval.data, folder) if job.eval.data else None},
     }
-    if ":" not in job.model.base and (folder / job.model.base).exists():
+    if ":" not in job.model.base and _exists(folder / job.model.base):
         changes["model"] = {"base": str((folder / job.model.base).resolve())}
     return job.replace(**changes)
+
+
+def _exists(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):  # a name no file can have
+        return path.exists()
+    return False
 
 
 def parse_job(data: Mapping[str, Any], *, origin: str, text: str = "") -> Job:
@@ -92,7 +99,7 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
             data = json.loads(text)
         else:
             data = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, yaml.YAMLError, json.JSONDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise JobError("E-CONFIG-SYNTAX", f"{path}: {reason}", hint=SHOW_SCHEMA) from None
     if not isinstance(data, dict):
@@ -107,7 +114,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         raise JobError("E-CONFIG-OVERRIDE", f"expected section.key=value, got `{override}`", param=key)
     try:
         value = tomllib.loads(f"x = {literal}")["x"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = literal.strip()
     node = data
     for part in parts[:-1]:

@@ -210,7 +210,7 @@ def load_tokenizer(base: BaseModel) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # noqa: BLE001 - as above
         raise ModelError(
             "E-MODEL-TOKENIZER", f"{base.name}: its tokenizer does not load ({type(error).__name__})",
             param="model.base",
@@ -241,7 +241,7 @@ def load_model(base: BaseModel, job: Job, *, weights: bool = True) -> Any:
             base.folder, config=config, dtype=torch.float32, local_files_only=True, use_safetensors=True,
             output_loading_info=True,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # noqa: BLE001 - damaged files break their readers in many ways
         raise ModelError(
             "E-MODEL-LOAD", f"{base.name}: does not load as a {job.task.kind} model ({type(error).__name__})",
             param="model.base", hint='completion needs a causal language model, classify an encoder such as MiniLM',

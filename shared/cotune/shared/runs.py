@@ -10,12 +10,15 @@ report/index.html          env/hardware.json env/lock.txt
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import io
 import json
 import os
 import platform
 import secrets
+from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -66,7 +69,7 @@ class RunFolder:
         """The resolved job."""
         return load_job(self.path / "resolved.toml")
 
-    def emit(self, kind: str, message: str, level: str = "info", **data: object) -> None:
+    def emit(self, kind: str, message: str, level: str = "info", /, **data: object) -> None:
         """Append one event. Data must be public: no text, no record id, no private count."""
         append_line(
             self.path / "events.jsonl",
@@ -79,6 +82,22 @@ class RunFolder:
                 "data": data,
             },
         )
+
+    @contextlib.contextmanager
+    def held(self) -> Generator[None]:
+        """Hold the run: two processes that continue one run would charge sites for less than they release.
+
+        Raises:
+            JobError: Another process holds it.
+        """
+        with (self.path / "events.jsonl").open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise JobError(
+                    "E-RUN-HELD", f"{self.run_id} is being run by another process", hint="wait for it, or end it"
+                ) from None
+            yield
 
     def events(self) -> list[dict[str, Any]]:
         """All events so far, oldest first."""
@@ -181,6 +200,12 @@ def runs_home() -> Path:
     return Path("runs")
 
 
+def _started(run: Path) -> tuple[str, int]:
+    """The second in its name, then the finer time of its first file."""
+    first = run / "run.toml"
+    return run.name[:15], first.stat().st_mtime_ns if first.exists() else 0
+
+
 def find_run(reference: str, home: Path | None = None) -> RunFolder:
     """A run by path, by id, by a unique prefix of either part of its id, or `latest`.
 
@@ -188,10 +213,11 @@ def find_run(reference: str, home: Path | None = None) -> RunFolder:
         JobError: None or several match.
     """
     path = Path(reference)
-    if (path / "state.json").exists():
-        return RunFolder(path.resolve())
+    with contextlib.suppress(OSError):  # a name no file can have
+        if (path / "state.json").exists():
+            return RunFolder(path.resolve())
     home = home or runs_home()
-    known = sorted(p.parent for p in home.glob("*/state.json"))
+    known = sorted((p.parent for p in home.glob("*/state.json")), key=_started)
     if reference == "latest" and known:
         return RunFolder(known[-1].resolve())
     matches = [p for p in known if p.name.startswith(reference) or f"-{reference}" in p.name]

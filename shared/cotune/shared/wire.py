@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from pydantic import ValidationError
 
 from cotune.shared.adapter import Vector
 from cotune.shared.errors import ConnectionFailed
@@ -32,7 +31,7 @@ def plan_from_records(records: RecordDict) -> tuple[RoundPlan, Vector]:
         if kind != "plan" or array is None:
             raise ValueError(kind)
         return RoundPlan.model_validate_json(header), array
-    except (ValidationError, ValueError):
+    except ValueError:
         raise ConnectionFailed("E-WIRE", "the message is not a plan of this version of cotune") from None
 
 
@@ -48,10 +47,12 @@ def answer_from_records(records: RecordDict, site: str) -> Answer:
     try:
         kind, header, array = _unpack(records)
         if kind == "update" and array is not None:
-            return AdapterUpdate(UpdateHeader.model_validate_json(header), array)
+            update = AdapterUpdate(UpdateHeader.model_validate_json(header), array)
+            if update.header.site == site:
+                return update
         if kind == "failure":
             return SiteFailure.model_validate_json(header).model_copy(update={"site": site})
-    except (ValidationError, ValueError, ConnectionFailed):
+    except (ValueError, ConnectionFailed):
         pass
     return SiteFailure(site=site, code="E-WIRE", message="the answer is not an update of this version of cotune")
 
@@ -71,8 +72,8 @@ def _unpack(records: RecordDict) -> tuple[str, str, Vector | None]:
             raise ValueError(HEADER)
         json.loads(text)
         array = records.array_records[ARRAY][ARRAY].numpy() if ARRAY in records.array_records else None
-    except (KeyError, ValueError, TypeError):
+        if array is not None and (array.dtype != np.float32 or array.ndim != 1):
+            raise ValueError(ARRAY)
+    except Exception:  # noqa: BLE001 - the bytes come from outside: whatever they break, they are no message
         raise ConnectionFailed("E-WIRE", "the message has not the records cotune sends") from None
-    if array is not None and (array.dtype != np.float32 or array.ndim != 1):
-        raise ConnectionFailed("E-WIRE", "expected one flat fp32 array")
     return kind, text, array

@@ -11,7 +11,7 @@ import click
 import typer
 
 from cotune.shared.cli import show
-from cotune.shared.errors import CotuneError, JobError, StorageError
+from cotune.shared.errors import CotuneError, JobError, StorageError, ended
 from cotune.shared.runs import RunFolder, find_run
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON envelope.")]
@@ -52,8 +52,12 @@ def init(
     from cotune.simulations.scenario import recipe_path
 
     source = recipe_path(recipe)
-    if folder.exists() and any(folder.iterdir()):
-        raise StorageError("E-EXISTS", f"{folder} is not empty; nothing was written", hint="cotune init another-name")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise StorageError(
+            "E-EXISTS",
+            f"{folder} exists and is not an empty folder",
+            hint="cotune init another-name",
+        )
     (folder / "data").mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, folder / "run.toml")
     files = write_samples(folder / "data") if recipe == "quickstart" else []
@@ -78,7 +82,7 @@ def simulate(
     from cotune.simulations.scenario import prepare_run
 
     if resume:
-        run = find_run(resume, out)
+        run = _interrupted(find_run(resume, out))
     else:
         settings = [*(overrides or []), *([f"federation.sites={sites}"] if sites else [])]
         run = prepare_run(job, settings, out)
@@ -91,6 +95,16 @@ def simulate(
 
         add_baselines(run, quiet=quiet or as_json)
     _show_result(run, as_json)
+
+
+def _interrupted(run: RunFolder) -> RunFolder:
+    """A run that can go on, queued again."""
+    state = run.state()
+    if state["status"] == "succeeded":
+        raise JobError("E-RUN-OVER", f"{run.run_id} has succeeded: there is nothing to go on with", param="--resume")
+    with run.held():
+        run.set_state("queued", int(state["round"]))
+    return run
 
 
 def _require_consent(run: RunFolder, i_know: bool) -> None:
@@ -137,21 +151,12 @@ def _raise_outcome(run: RunFolder) -> None:
     state = run.state()
     if state["status"] == "succeeded":
         return
-    fault = state["error"] or {
+    fault: dict[str, Any] = state["error"] or {
         "code": "E-RUN",
         "message": f"the run was {state['status']}",
-        "param": None,
-        "hint": None,
+        "exit_code": 1,
     }
-    raise _Ended(fault)
-
-
-class _Ended(CotuneError):
-    """A run that ended without a result, as its state says it."""
-
-    def __init__(self, fault: dict[str, Any]) -> None:
-        super().__init__(fault["code"], fault["message"], param=fault["param"], hint=fault["hint"])
-        self.exit_code = int(fault.get("exit_code") or 1)
+    raise ended(fault["code"], fault["message"], fault["exit_code"], fault.get("hint"))
 
 
 def _show_result(run: RunFolder, as_json: bool) -> None:

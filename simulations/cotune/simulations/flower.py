@@ -28,6 +28,7 @@ START_TIMEOUT_S = 120.0
 POLL_S = 0.5
 ASK_FLOWER_S = 20.0
 STOP_S = 20.0
+PUBLISH_TIMEOUT_S = 60.0
 OVER = ("succeeded", "failed", "cancelled", "paused")
 
 BUNDLE_CODE = '''"""Flower's door into cotune: all a site has to approve. The rest is the cotune it installed."""
@@ -199,6 +200,12 @@ def _wait(run: RunFolder, superlink: subprocess.Popen[bytes], run_id: str, envir
                 raise RunFailed(
                     "E-FLOWER", "Flower ended the run without a result", hint=f"see {run.path}/env/flower.log"
                 )
+    deadline = time.monotonic() + PUBLISH_TIMEOUT_S
+    # The manifest is the last thing a successful run writes, after it has said so.
+    while run.state()["status"] == "succeeded" and not (run.path / "MANIFEST.json").exists():
+        if time.monotonic() > deadline:
+            raise RunFailed("E-FLOWER", "the run succeeded but did not finish its folder", hint="cotune verify RUN")
+        time.sleep(POLL_S)
 
 
 def _keep_log(run: RunFolder, run_id: str, environment: dict[str, str]) -> None:

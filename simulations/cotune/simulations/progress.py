@@ -19,7 +19,7 @@ from rich.table import Table
 from cotune.shared.files import read_lines
 from cotune.shared.job import Job
 from cotune.shared.runs import RunFolder
-from cotune.simulations.scenario import work_folder
+from cotune.simulations.scenario import site_names, work_folder
 
 REFRESH_S = 1.0
 
@@ -68,12 +68,12 @@ def _show_lines(run: RunFolder, stop: threading.Event, quiet: bool, as_json: boo
 
 
 def _announce_every(job: Job) -> int:
-    return max(1, job.train.local_steps * len(_names(job)) // 4)
+    return max(1, job.train.local_steps * len(site_names(job)) // 4)
 
 
 def _step_text(run: RunFolder, steps: int) -> str:
     job = run.job()
-    total = job.steps * len(_names(job))
+    total = job.steps * len(site_names(job))
     return f"round {run.state()['round']}/{job.run.rounds}: {steps} of {total} site steps taken"
 
 
@@ -105,7 +105,7 @@ def _live_table(run: RunFolder, started: float) -> Table:
     for name in ("site", "step", "eps spent / cap", "up/down MB"):
         table.add_column(name)
     steps = _steps(run)
-    for site in _names(job):
+    for site in site_names(job):
         own = [row for row in rows if row.get("site") == site]
         done = max((s["step"] for s in steps if s["site"] == site and s["round"] == state["round"]), default=0)
         spent = own[-1]["epsilon"] if own else (None if job.privacy.level == "none" else 0.0)
@@ -120,10 +120,6 @@ def _live_table(run: RunFolder, started: float) -> Table:
 
 def _steps(run: RunFolder) -> list[dict[str, Any]]:
     return read_lines(work_folder(run.run_id) / "progress.jsonl")
-
-
-def _names(job: Job) -> list[str]:
-    return sorted(job.data.sites) or [f"site-{number}" for number in range(1, job.federation.sites + 1)]
 
 
 def _clock(started: float) -> str:

@@ -17,12 +17,13 @@ from cotune.shared.datasets import dataset_path
 from cotune.shared.errors import CotuneError, JobError, did_you_mean
 from cotune.shared.evaluation import choices_of
 from cotune.shared.examples import Example, tokenize
-from cotune.shared.files import append_line
+from cotune.shared.files import append_line, write_json
 from cotune.shared.job import DataSettings, Job
 from cotune.shared.jobfile import load_job, parse_job
+from cotune.shared.model import locate
 from cotune.shared.packages import cache_dir
 from cotune.shared.plan import RoundPlan
-from cotune.shared.planning import resolve
+from cotune.shared.planning import make_plan, resolve
 from cotune.shared.records import Record, read_records
 from cotune.shared.runs import RunFolder, create_run
 from cotune.shared.update import Answer, SiteFailure
@@ -60,7 +61,9 @@ def prepare_run(source: str, overrides: Sequence[str], out: Path) -> RunFolder:
     path = job_file(source)
     job = resolve(_with_data(load_job(path, overrides)))
     check_sites(job)
-    return create_run(out, job, path.read_bytes())
+    run = create_run(out, job, path.read_bytes())
+    write_json(run.path / "plan.json", make_plan(job, locate(job)).to_dict())
+    return run
 
 
 def _with_data(job: Job) -> Job:

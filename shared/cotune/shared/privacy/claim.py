@@ -171,8 +171,8 @@ def _mechanism(job: Job) -> dict[str, str]:
 def _statement(job: Job, sites: Sequence[dict[str, Any]], delta: float) -> str:
     worst = math.ceil(max(site["epsilon"] for site in sites) * 100) / 100
     return (
-        f"The released adapter and every checkpoint are ({worst:.2f}, {_rounded_up(delta)})-differentially private with respect"
-        f" to adding or removing one row of any one site's data, against everyone outside that site."
+        f"The released adapter and every checkpoint are ({worst:.2f}, {_rounded_up(delta)})-differentially private with"
+        f" respect to adding or removing one row of any one site's data, against everyone outside that site."
     )
 
 
