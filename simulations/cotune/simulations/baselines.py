@@ -50,7 +50,9 @@ def _variants(job: Job, folder: Path) -> Iterator[tuple[str, Job]]:
     for site, file in files.items():
         alone = {"train": None, "sites": {site: file}, "split": "iid", "split_column": None}
         yield f"{site} alone, same epsilon", job.replace(data=alone, federation={"min_sites": 1})
-    yield "federated without DP", job.replace(privacy={"level": "none"})
+    # Without clipping a gradient keeps its own length, so the rate that suits clipped ones is scaled back.
+    rate = job.train.learning_rate * job.privacy.clipping_norm
+    yield "federated without DP", job.replace(privacy={"level": "none"}, train={"learning_rate": rate})
     pooled = {
         "train": None,
         "sites": {"pooled": _write(folder / "pooled.jsonl", [r for s in files for r in site_records(job, s)])},
@@ -64,7 +66,7 @@ def _variants(job: Job, folder: Path) -> Iterator[tuple[str, Job]]:
             data=pooled,
             privacy={"level": "none"},
             federation={"min_sites": 1},
-            train={"batch_size": job.train.batch_size * len(files)},
+            train={"batch_size": job.train.batch_size * len(files), "learning_rate": rate},
         ),
     )
 

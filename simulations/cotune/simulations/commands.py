@@ -35,7 +35,7 @@ def recipes(
     listed = {recipe: _first_line(recipe_path(recipe)) for recipe in recipe_names()}
     width = max(len(recipe) for recipe in listed)
     lines = [f"{recipe:<{width}}  {line}" for recipe, line in listed.items()]
-    show(listed, as_json=as_json, text="\n".join([*lines, "", "Run one: cotune simulate recipe:NAME"]))
+    show(listed, as_json=as_json, text="\n".join([*lines, "", "Start one: cotune init my-study --recipe NAME"]))
 
 
 def _first_line(path: Path) -> str:
@@ -81,6 +81,10 @@ def simulate(
     """Run a job over sites on this machine. The exit code is the run's outcome."""
     from cotune.simulations.scenario import prepare_run
 
+    if not quiet and not as_json:
+        click.echo(
+            "preparing: records, base model, noise for the budget (the first time fetches and converts)", err=True
+        )
     if resume:
         run = _interrupted(find_run(resume, out))
     else:

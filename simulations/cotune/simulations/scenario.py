@@ -61,8 +61,9 @@ def prepare_run(source: str, overrides: Sequence[str], out: Path) -> RunFolder:
     path = job_file(source)
     job = resolve(_with_data(load_job(path, overrides)))
     check_sites(job)
+    plan = make_plan(job, locate(job))
     run = create_run(out, job, path.read_bytes())
-    write_json(run.path / "plan.json", make_plan(job, locate(job)).to_dict())
+    write_json(run.path / "plan.json", plan.to_dict())
     return run
 
 
