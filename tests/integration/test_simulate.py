@@ -96,7 +96,7 @@ def only_run(home: Path) -> RunFolder:
 
 def train(job: Path, *overrides: str) -> dict[str, bytes]:
     """All rounds of a job without its publication; the bytes of the result by tensor."""
-    run = prepare_run(str(job), overrides, job.parent / "trained")
+    run = prepare_run(str(job), overrides, job.parent / "trained", lambda _line: None)
     resolved = run.job()
     layout, config = layout_of(resolved, locate(resolved))
     outcome = Coordinator(run, layout, config, GlobalEvaluator(resolved)).run(InlineFleet(run))

@@ -51,7 +51,7 @@ def open_run(config: RunConfig) -> RunFolder:
     folder = Path(str(config["run-dir"])) if config["run-dir"] else _data_folder() / "runs"
     if (folder / "resolved.toml").exists():
         return RunFolder(folder)
-    return prepare_run(str(config["job"]), (), folder)
+    return prepare_run(str(config["job"]), (), folder, print)
 
 
 def _data_folder() -> Path:

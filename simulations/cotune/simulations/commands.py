@@ -81,24 +81,28 @@ def simulate(
     """Run a job over sites on this machine. The exit code is the run's outcome."""
     from cotune.simulations.scenario import prepare_run
 
-    if not quiet and not as_json:
-        click.echo(
-            "preparing: records, base model, noise for the budget (the first time fetches and converts)", err=True
-        )
     if resume:
         run = _interrupted(find_run(resume, out))
     else:
         settings = [*(overrides or []), *([f"federation.sites={sites}"] if sites else [])]
-        run = prepare_run(job, settings, out)
+        run = prepare_run(job, settings, out, _silent if quiet or as_json else _say)
     _require_consent(run, i_know)
     if not quiet and not as_json:
-        click.echo(f"run {run.run_id} in {run.path}", err=True)
+        _say(f"run {run.run_id} in {run.path}")
     _run_shown(run, engine, quiet=quiet, as_json=as_json)
     if baselines:
         from cotune.simulations.baselines import add_baselines
 
         add_baselines(run, quiet=quiet or as_json)
     _show_result(run, as_json)
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _silent(_line: str) -> None:
+    """Say nothing."""
 
 
 def _interrupted(run: RunFolder) -> RunFolder:

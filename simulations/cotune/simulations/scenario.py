@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -52,15 +52,18 @@ def recipe_path(name: str) -> Path:
     return Path(str(resources.files("cotune.simulations") / "recipes" / f"{name}.toml"))
 
 
-def prepare_run(source: str, overrides: Sequence[str], out: Path) -> RunFolder:
+def prepare_run(source: str, overrides: Sequence[str], out: Path, say: Callable[[str], None]) -> RunFolder:
     """Read, resolve and check a job with all its data, and make its run folder.
 
     Raises:
         CotuneError: Anything that would make the run fail later and can be known now.
     """
     path = job_file(source)
-    job = resolve(_with_data(load_job(path, overrides)))
+    job = resolve(load_job(path, overrides))
+    say("records (a demo set is fetched the first time) ...")
+    job = _with_data(job)
     check_sites(job)
+    say("base model (fetched and converted the first time) ...")
     plan = make_plan(job, locate(job))
     run = create_run(out, job, path.read_bytes())
     write_json(run.path / "plan.json", plan.to_dict())
