@@ -102,7 +102,7 @@ def test_a_name_nearly_known_is_suggested():
     "spec",
     [
         "",
-        "--index-url=x",
+        "--target=x",
         "-r",
         "a b",
         "a==",
