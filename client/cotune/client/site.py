@@ -53,9 +53,9 @@ class Site:
         Guarantee: what is returned is a function of `Trainer.train_round`'s adapter and the plan; its cost
         for each record of this site, add-or-remove-one, is the event in the header and nothing more.
 
-        Edge cases: a plan that asks for more than the job's own epsilon over all rounds, for a delta that
-        lets one record leak whole, or that starts from another model than it says, is refused before any
-        record is read; a site without records is an error, not an update.
+        Edge cases: a plan that asks for more than the job's own epsilon over all rounds, or that starts from
+        another model than it says, is refused before any record is read; a delta that lets one of this
+        site's records leak whole, before training; a site without records is an error, not an update.
 
         Raises:
             RefusedError: The plan does not hold together, or asks for too much.
