@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,23 @@ def _tokenizer(folder: Path) -> None:
         sep_token="[SEP]",
     )
     fast.save_pretrained(folder)
+
+
+@pytest.fixture
+def mount_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts a file system of that many KiB, for tests in which it fills up."""
+    folder = tmp_path / "disk"
+
+    def mount(kib: int) -> Path:
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
+        if sys.platform != "linux" or os.geteuid() != 0 or subprocess.run(command, check=False).returncode:
+            pytest.skip("only root may mount a small disk")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,6 @@
 """The round loop over sites that misbehave: named, left out, and without effect on the result."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -310,15 +307,8 @@ def test_a_defect_of_a_fleet_is_named_without_its_text(start) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    if sys.platform != "linux" or os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
-        pytest.skip("only root may mount a small disk")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+def small_disk(mount_disk: Callable[[int], Path]) -> Path:
+    return mount_disk(256)
 
 
 def test_a_disk_that_fills_up_in_a_round_fails_the_run_and_keeps_what_was_saved(start, small_disk: Path) -> None:

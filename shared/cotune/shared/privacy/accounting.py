@@ -144,7 +144,7 @@ def calibrate_noise(*, sampling_probability: float, steps: int, target_epsilon: 
 
     Guarantee: `epsilon` of the returned multiplier is <= `target_epsilon`; the root is found by
     Brent's method and raised until that holds, within 0.1 % of the least. Nothing below
-    MIN_NOISE_MULTIPLIER is searched: a larger target than that costs gets about that much noise.
+    MIN_NOISE_MULTIPLIER is searched: a larger target than that costs gets just that much noise, which sites accept.
 
     Raises:
         PrivacyError: Even MAX_NOISE_MULTIPLIER does not reach the target: no step can be taken under it.
@@ -181,7 +181,7 @@ def _root(cost: Callable[[float], float], target: float) -> float:
         high *= 2
     low = high / 2
     while low > MIN_NOISE_MULTIPLIER and cost(low) <= target:
-        low, high = low / 2, low
+        low, high = max(low / 2, MIN_NOISE_MULTIPLIER), low
     if cost(low) <= target:
         return low
     root: Any = brentq(excess, math.log(low), math.log(high), xtol=1e-4)
