@@ -15,10 +15,14 @@ from typing import Literal
 
 import numpy as np
 
+from cotune.client.data import unit_of
+from cotune.shared.errors import DataError
 from cotune.shared.records import NOT_UTF8, Record, scan
 
 Level = Literal["error", "warning", "info"]
 SHOWN_ROWS = 20
+MANY_ROWS = 4  # of one person, where the policy or job names no other number
+LARGE_SHARE = 1 / 4
 LONGEST = 5
 
 PERSONAL = {
@@ -95,6 +99,61 @@ def check_file(file: RecordFile) -> list[Finding]:
 def check_together(files: Sequence[RecordFile]) -> list[Finding]:
     """Everything the checks over all files find."""
     return [finding for check in TOGETHER_CHECKS for finding in check(files)]
+
+
+def check_units(file: RecordFile, column: str, max_per_unit: int | None) -> list[Finding]:
+    """Whether every row says whose it is, and how many rows persons have: counts, never who.
+
+    Args:
+        file: A file as read.
+        column: The unit column.
+        max_per_unit: Rows of one person that are used at most, if that is known.
+    """
+    owners = {row: _owner(record, column) for row, record in file.records.items()}
+    nobodys = [row for row, owner in owners.items() if owner is None]
+    rows = Counter(owner for owner in owners.values() if owner is not None)
+    found = _some(nobodys, "error", "E-UNIT", f"with nothing in the unit column `{column}`")
+    if not rows:
+        return found
+    found.append(Finding("info", "I-UNIT", f"{len(rows):,} persons by their rows: {_histogram(rows)}"))
+    most, limit = max(rows.values()), max_per_unit or MANY_ROWS
+    above = sum(count > limit for count in rows.values())
+    if above:
+        what = f"{above:,} of {len(rows):,} persons have more than {limit} rows, up to {most:,}"
+        advice = f"{limit} of them are used" if max_per_unit else "set data.max_per_unit, or protect whole persons"
+        found.append(Finding("warning", "W-UNIT-MAX", f"{what}: {advice}"))
+    if most > LARGE_SHARE * rows.total():
+        text = f"one person owns {most / rows.total():.0%} of the rows: what is learnt is mostly theirs"
+        found.append(Finding("warning", "W-UNIT-SHARE", text))
+    return found
+
+
+def unit_error(path: Path, findings: Sequence[Finding], column: str) -> DataError | None:
+    """The error for a file with rows of nobody, if `check_units` found some."""
+    for finding in findings:
+        if finding.code == "E-UNIT":
+            return DataError(
+                "E-UNIT",
+                f"{path.name}: {finding.message}: without it only single rows can be protected",
+                param="data.unit",
+                hint=f"give every row a `{column}`, or leave those rows out",
+            )
+    return None
+
+
+def _owner(record: Record, column: str) -> str | None:
+    try:
+        return unit_of(record, column, 0)
+    except DataError:
+        return None
+
+
+def _histogram(rows: Counter[str]) -> str:
+    """Persons with 1, 2, 3-4, 5-8, 9-16 ... rows."""
+    buckets = Counter((count - 1).bit_length() for count in rows.values())
+    edges = {power: (2**power // 2 + 1, 2**power) for power in buckets}
+    named = {power: str(high) if low >= high else f"{low:,}-{high:,}" for power, (low, high) in edges.items()}
+    return ", ".join(f"{named[power]}: {buckets[power]:,}" for power in sorted(buckets))
 
 
 def _unusable(file: RecordFile) -> list[Finding]:

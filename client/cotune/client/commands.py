@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import click
 import typer
 
-from cotune.client.checks import Finding, RecordFile, check_file, check_together, read_file
+from cotune.client.checks import Finding, RecordFile, check_file, check_together, check_units, read_file, unit_error
 from cotune.shared.cli import ENVELOPE_VERSION, show
 from cotune.shared.errors import DataError, JobError
 from cotune.shared.files import storage_errors, write_atomic
@@ -31,14 +31,22 @@ def check(
     fix: Annotated[
         Path | None, typer.Option(help="Write copies without bad and repeated rows into this folder.")
     ] = None,
+    unit: Annotated[str, typer.Option(help="record, or column:NAME: the column that says whose a row is.")] = "record",
+    max_per_unit: Annotated[int | None, typer.Option(min=1, help="Rows of one person that are used at most.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check record files: row numbers and exact counts, never a text. Exit code 4 if rows cannot be used."""
     targets = _targets(files, fix) if fix else {}
     read = [read_file(path) for path in files]
+    column = unit_column(unit)
     findings = {file.path: check_file(file) for file in read}
+    if column:
+        for file in read:
+            findings[file.path] += check_units(file, column, max_per_unit)
     together = check_together(read)
-    error = _first_error(read, fixing=fix is not None)
+    error = _first_error(read, fixing=fix is not None) or next(
+        (fault for path, found in findings.items() if column and (fault := unit_error(path, found, column))), None
+    )
     written = [] if error else [_write_fixed(file, targets[file.path]) for file in read if targets]
     result = {
         "files": [_as_data(file, findings[file.path]) for file in read],
@@ -88,6 +96,18 @@ def fetch(
         return
     paths = [str(path) for path in fetch_dataset(name, out)]
     show({"name": name, "files": paths}, as_json=as_json, text="\n".join(paths))
+
+
+def unit_column(unit: str) -> str | None:
+    """The column in ``column:NAME``; None for ``record``.
+
+    Raises:
+        JobError: It is neither.
+    """
+    kind, _, column = unit.partition(":")
+    if unit != "record" and not (kind == "column" and column.strip()):
+        raise JobError("E-UNIT", f"--unit: expected record or column:NAME, got {unit!a}", param="--unit")
+    return column or None
 
 
 def _targets(files: list[Path], out: Path) -> dict[Path, Path]:

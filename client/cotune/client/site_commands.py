@@ -1,0 +1,223 @@
+"""`cotune site`: a site's home, policy, budget, ledger and jobs, for whoever looks after the site."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from cotune.client.home import SiteHome, default_home
+from cotune.client.opening import open_new_site
+from cotune.client.review import review, summaries
+from cotune.client.site_views import (
+    budget_of,
+    budget_text,
+    init_text,
+    jobs_text,
+    log_text,
+    policy_view,
+    proof_of,
+    view_of,
+    view_text,
+)
+from cotune.shared.cli import ENVELOPE_VERSION, show
+from cotune.shared.errors import JobError
+from cotune.shared.files import write_atomic
+
+site = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="A site's policy, budget, ledger and jobs."
+)
+policy_app = typer.Typer(
+    add_completion=False, rich_markup_mode=None, help="Show the policy, or hold a job against it; edit policy.toml."
+)
+site.add_typer(policy_app, name="policy")
+
+HomeOption = Annotated[
+    Path | None, typer.Option("--home", help="The site's home; else $COTUNE_SITE, or ~/.local/share/cotune/site.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON envelope.")]
+JobReference = Annotated[str, typer.Argument(help="The first digits of a received job's hash, or a resolved job file.")]
+
+
+@site.command()
+def init(
+    name: Annotated[str | None, typer.Option(help="The site's public name.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="What jobs call the data set.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Its file of JSON lines.")] = None,
+    unit: Annotated[str | None, typer.Option(help="record, or column:NAME: the column of the person's id.")] = None,
+    max_per_unit: Annotated[int | None, typer.Option(help="Rows of one person a job may use, at most.")] = None,
+    epsilon_total: Annotated[float | None, typer.Option(help="May be spent in all, for ever.")] = None,
+    epsilon_per_run: Annotated[float | None, typer.Option(help="May be spent by one run.")] = None,
+    delta_total: Annotated[float, typer.Option(help="The delta of both.")] = 1e-5,
+    home: HomeOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a site's home: key, policy, ledger. Asks for what is missing, if there is someone to ask."""
+    settings = _complete({
+        "name": name, "dataset": dataset, "data": data, "unit": unit,
+        "epsilon-total": epsilon_total, "epsilon-per-run": epsilon_per_run,
+    })  # fmt: skip
+    budget = {
+        "epsilon_total": settings["epsilon-total"],
+        "epsilon_per_run": settings["epsilon-per-run"],
+        "delta_total": delta_total,
+    }
+    described = {
+        "id": settings["dataset"],
+        "path": str(Path(settings["data"]).expanduser().absolute()),
+        "unit": settings["unit"],
+        "max_per_unit": max_per_unit,
+        "budget": budget,
+    }
+    made, findings = open_new_site(_home(home), settings["name"], described)
+    data_out = {**view_of(made), "findings": [asdict(finding) for finding in findings]}
+    show(data_out, as_json=as_json, text=init_text(made, findings))
+
+
+def _complete(settings: dict[str, Any]) -> dict[str, Any]:
+    """Ask for each setting that was not given, or name them all where nobody can be asked."""
+    missing = [name for name, value in settings.items() if value is None and name != "unit"]
+    if missing and not sys.stdin.isatty():
+        raise JobError(
+            "E-SITE-INIT",
+            f"missing: {', '.join(f'--{name}' for name in missing)}",
+            param=f"--{missing[0]}",
+            hint="cotune site init --help",
+        )
+    kinds = {"epsilon-total": float, "epsilon-per-run": float}
+    for name in missing:
+        settings[name] = typer.prompt(QUESTIONS[name], type=kinds.get(name, str))
+    if settings["unit"] is None:
+        settings["unit"] = typer.prompt(QUESTIONS["unit"], default="record") if missing else "record"
+    return settings
+
+
+QUESTIONS = {
+    "name": "Public name of this site (small letters, digits, -)",
+    "dataset": "What jobs call the data set",
+    "data": "Its file of JSON lines",
+    "unit": "Whom a row belongs to: record, or column:NAME for the column of the person's id",
+    "epsilon-total": "Epsilon that may be spent in all, for ever (8 is a common upper end)",
+    "epsilon-per-run": "Epsilon that one run may spend",
+}
+
+
+@policy_app.callback(invoke_without_command=True)
+def policy(ctx: typer.Context, home: HomeOption = None, as_json: AsJson = False) -> None:
+    """Show the policy, or hold a job against it; the policy is the file policy.toml, to be edited."""
+    if ctx.invoked_subcommand is None:
+        show_policy(home, as_json)
+
+
+@policy_app.command("show")
+def show_policy(home: HomeOption = None, as_json: AsJson = False) -> None:
+    """Show the policy as it is in force."""
+    opened = _open(home)
+    data, text = policy_view(opened)
+    show(data, as_json=as_json, text=text)
+
+
+@policy_app.command()
+def check(job: JobReference, home: HomeOption = None, as_json: AsJson = False) -> None:
+    """Hold a job against every rule, with its base model located. Exit code 6 if one refuses."""
+    found = review(_open(home), job, locate_model=True)
+    data, text = found.to_dict(), found.text()
+    if found.refusal is None:
+        show(data, as_json=as_json, text=text)
+        return
+    error = found.refusal.error(found.site)
+    if not as_json:
+        click.echo(text)
+        raise error
+    click.echo(
+        json.dumps({"schema_version": ENVELOPE_VERSION, "status": "error", "error": error.to_dict(), "data": data})
+    )
+    raise typer.Exit(error.exit_code)
+
+
+@site.command()
+def budget(home: HomeOption = None, as_json: AsJson = False) -> None:
+    """What each data set has spent and what is left. It is raised by editing policy.toml, which the ledger notes."""
+    opened = _open(home)
+    rows = [budget_of(opened, dataset) for dataset in opened.policy.dataset]
+    show({**view_of(opened), "datasets": rows}, as_json=as_json, text=budget_text(opened, rows))
+
+
+@site.command()
+def log(
+    verify: Annotated[bool, typer.Option("--verify", help="Only the proof that the ledger is whole.")] = False,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write the entries to this file.")] = None,
+    home: HomeOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the ledger, checked line by line, and why the site's own checks of its records refused jobs."""
+    opened = _open(home)
+    entries = [] if verify else list(opened.ledger.entries)
+    if csv_file:
+        _write_csv(csv_file, [asdict(entry) for entry in opened.ledger.entries])
+    data = {
+        **view_of(opened),
+        "proof": proof_of(opened),
+        "entries": [asdict(entry) for entry in entries],
+        "own_checks": [] if verify else opened.jobs.own_lines(),
+    }
+    show(data, as_json=as_json, text=log_text(opened, entries, full=not verify))
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    buffer = io.StringIO()
+    writer: csv.DictWriter[str] = csv.DictWriter(buffer, ("seq", "time", "action", "fields", "sha256"))
+    writer.writeheader()
+    writer.writerows({**row, "fields": json.dumps(row["fields"])} for row in rows)
+    write_atomic(path, buffer.getvalue().encode())
+
+
+@site.command()
+def jobs(home: HomeOption = None, as_json: AsJson = False) -> None:
+    """The jobs that came: state, cost of the data set they name, and what would leave the site."""
+    opened = _open(home)
+    rows = summaries(opened)
+    show({**view_of(opened), "jobs": rows}, as_json=as_json, text=jobs_text(opened, rows))
+
+
+@site.command()
+def approve(job: JobReference, home: HomeOption = None, as_json: AsJson = False) -> None:
+    """Let a job run. It must keep every rule: an approval is no way round the policy."""
+    opened = _open(home)
+    found = review(opened, job, locate_model=False)
+    if found.refusal:
+        raise found.refusal.error(found.site)
+    opened.jobs.approve(found.job, by="admin")
+    data = {**found.to_dict(), "state": "approved"}
+    show(data, as_json=as_json, text=f"{found.text()}\napproved {found.job.sha256()}")
+
+
+@site.command()
+def deny(
+    jobs: Annotated[list[str], typer.Argument(help="The first digits of the hashes of jobs.")],
+    reason: Annotated[str, typer.Option(help="Goes into the ledger.")] = "",
+    home: HomeOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Keep jobs from running, also ones that were approved before."""
+    opened = _open(home)
+    denied = [opened.jobs.find(job) for job in jobs]
+    for sha256 in denied:
+        opened.jobs.deny(sha256, reason)
+    text = "\n".join([view_text(opened), *(f"denied {sha256}" for sha256 in denied)])
+    show({**view_of(opened), "denied": denied}, as_json=as_json, text=text)
+
+
+def _home(home: Path | None) -> Path:
+    return (home or default_home()).expanduser()
+
+
+def _open(home: Path | None) -> SiteHome:
+    return SiteHome.open(_home(home))
