@@ -12,19 +12,22 @@ import pytest
 from cotune.shared.job import Job
 from cotune.shared.jobfile import parse_job
 from cotune.shared.planning import resolve
-from cotune.shared.privacy.accounting import epsilon, epsilon_by_prv, epsilon_replace_one
-from cotune.shared.privacy.claim import (
-    NON_PRIVATE,
-    UNPROTECTED,
-    ClaimSubject,
-    build_claim,
-    claim_id,
-    events_of,
-    statement_text,
-)
+from cotune.shared.privacy.accounting import epsilon, epsilon_replace_one
+from cotune.shared.privacy.claim import GROUPS, ClaimSubject, build_claim, charged, claim_id, events_of, statement_text
+from cotune.shared.privacy.crosscheck import epsilon_by_prv
+from cotune.shared.privacy.event import TruncatedDpSgdEvent
+from cotune.shared.privacy.group import epsilon_group
 from cotune.shared.privacy.mechanism import mechanism_of
+from cotune.shared.privacy.wording import NON_PRIVATE, unprotected
 
-SUBJECT = ClaimSubject("run-1", {"adapter_model.safetensors": "a" * 64}, {"loss_saved": 1.5, "loss_reloaded": 1.5})
+HEAD = {"seq": 7, "sha256": "b" * 64}
+SUBJECT = ClaimSubject(
+    "run-1",
+    {"adapter_model.safetensors": "a" * 64},
+    {"loss_saved": 1.5, "loss_reloaded": 1.5},
+    {"site-1": HEAD},
+)
+DATA = {"train": "nowhere.jsonl", "records_per_site": 30}
 QUIET = {"epsilon": 1.2, "noise_multiplier": 3.0}  # quick to account
 
 
@@ -39,7 +42,7 @@ def make_job(**sections: dict[str, Any]) -> Job:
     made = {
         "run": {"rounds": 2},
         "model": {"base": "nowhere", "max_length": 32},
-        "data": {"train": "nowhere.jsonl", "records_per_site": 30},
+        "data": DATA,
         "train": {"batch_size": 10, "local_steps": 2},
         "privacy": QUIET,
     }
@@ -147,9 +150,9 @@ def test_a_run_nobody_took_part_in_claims_nothing_and_speaks_of_no_test_noise(jo
 def test_what_is_not_protected_is_always_listed(privacy: dict[str, str]) -> None:
     job = make_job(privacy={**QUIET, **privacy})
     claim = build_claim(job, {"site-1": entries(job, 2)}, SUBJECT)
-    assert claim["unprotected"] == list(UNPROTECTED) != []
+    assert claim["unprotected"] == unprotected(job) != []
     text = statement_text(claim)
-    assert all(item in text for item in UNPROTECTED)
+    assert all(item in text for item in claim["unprotected"])
     assert text.startswith(claim["statement"])
 
 
@@ -190,3 +193,100 @@ def test_the_mechanism_says_which_matrices_were_trained() -> None:
         said.append(build_claim(job, {"site-1": entries(job, 2)}, SUBJECT)["mechanism"]["name"])
     assert "A public and frozen" in said[0]
     assert said[1].endswith("A and B")
+
+
+# Persons, heads, sites and a cap
+
+
+def test_a_claim_about_rows_says_what_a_person_with_several_is_promised() -> None:
+    claim = claim_of_two_sites()
+    said = {row["records"]: row["epsilon"] for row in claim["guarantee"]["person"]}
+    assert tuple(said) == GROUPS
+    assert claim["guarantee"]["epsilon"] < said[2] < said[4] < said[8]
+    job = make_job()
+    events = events_of(entries(job, 2))
+    assert said[4] == epsilon_group(events, float(job.privacy.delta), 4)
+    assert claim["unit"]["level"] == "example"
+    assert claim["unit"]["person_level"].startswith("not claimed")
+    assert any("several records" in item for item in claim["unprotected"])
+
+
+def test_rows_of_one_person_that_are_limited_are_priced_at_that_limit() -> None:
+    job = make_job(data={**DATA, "unit": "column:patient", "max_per_unit": 3})
+    claim = build_claim(job, {"site-1": entries(job, 1)}, SUBJECT)
+    assert [row["records"] for row in claim["guarantee"]["person"]] == [3]
+    assert claim["guarantee"]["person"][0]["epsilon"] > claim["guarantee"]["epsilon"]
+    assert claim["unit"]["max_records_per_person"] == 3
+    assert "at most 3 rows" in claim["unit"]["person_level"]
+
+
+def person_job(**data: Any) -> Job:
+    persons = {"unit": "column:patient", "units_per_site": 30, "records_per_site": 90}
+    return make_job(data={**DATA, **persons, **data}, privacy={**QUIET, "level": "unit"})
+
+
+@pytest.mark.parametrize(("most", "said"), [(None, "all rows"), (5, "the first 5 rows")])
+def test_a_claim_about_persons_names_them_and_needs_no_second_figure_for_them(most: int | None, said: str) -> None:
+    job = person_job(max_per_unit=most)
+    claim = build_claim(job, {"site-1": entries(job, 1)}, SUBJECT)
+    assert claim["guarantee"]["person"] == []
+    assert "one person (all rows with one value of column patient)" in claim["statement"]
+    assert claim["unit"]["definition"].startswith(f"{said} of one person")
+    assert claim["unit"]["column"] == "patient"
+    assert claim["unit"]["person_level"].startswith("claimed")
+    assert "per person, over all their rows" in claim["mechanism"]["clipping"]
+    assert not any("several records" in item for item in claim["unprotected"])
+
+
+def test_each_site_carries_the_signed_head_of_its_ledger_if_it_sent_one() -> None:
+    heads = {site["id"]: site["ledger_head"] for site in claim_of_two_sites()["sites"]}
+    assert heads == {"site-1": HEAD, "site-2": None}
+
+
+def test_a_person_at_two_sites_is_priced_at_the_two_costliest(job: Job) -> None:
+    at_two = make_job(data={**DATA, "sites_per_unit": 2}, federation={"sites": 3})
+    accounts = {"site-1": entries(at_two, 1), "site-2": entries(at_two, 3), "site-3": entries(at_two, 2)}
+    claim = build_claim(at_two, accounts, SUBJECT)
+    both = epsilon(events_of(entries(at_two, 5)), float(at_two.privacy.delta))
+    assert claim["guarantee"]["epsilon"] == both > max(site["epsilon"] for site in claim["sites"])
+    assert "at up to 2 sites, against everyone outside those sites" in claim["statement"]
+    assert "2 costliest sites composed" in claim["composition"]["across_sites"]
+    assert "of any one site's data" in claim_of_two_sites()["statement"]
+
+
+def test_with_fewer_sites_than_a_person_may_be_at_all_are_composed() -> None:
+    at_two = make_job(data={**DATA, "sites_per_unit": 2}, federation={"sites": 3})
+    claim = build_claim(at_two, {"site-1": entries(at_two, 2)}, SUBJECT)
+    assert claim["guarantee"]["epsilon"] == claim["sites"][0]["epsilon"]
+
+
+def test_with_a_cap_a_unit_is_replaced_by_nothing_in_figures_and_words() -> None:
+    job = make_job(
+        train={"batch_size": 10, "local_steps": 2, "max_batch_size": 18},
+        data={**DATA, "unit": "column:patient", "max_per_unit": 2},
+        privacy={**QUIET, "noise_multiplier": 12.0},
+    )
+    claim = build_claim(job, {"site-1": entries(job, 2)}, SUBJECT)
+    event = events_of(entries(job, 1))[0]
+    assert isinstance(event, TruncatedDpSgdEvent)
+    assert (event.max_batch_size, event.population) == (18, 30)
+    assert claim["guarantee"]["adjacency"] == claim["unit"]["adjacency"] == "zero-out-one"
+    assert claim["guarantee"]["epsilon"] == epsilon([event, event], float(job.privacy.delta))
+    assert claim["guarantee"]["epsilon_second_accountant"] >= claim["guarantee"]["epsilon"]
+    assert "replacing one row by nothing" in claim["statement"]
+    assert claim["sites"][0]["sampling"] == "truncated poisson"
+    assert claim["mechanism"]["sampling"] == "Poisson, at most 18 of 30 units"
+
+
+def test_everything_that_leaves_a_site_is_listed_with_its_price() -> None:
+    plain = claim_of_two_sites()["releases"]
+    job = make_job(privacy={**QUIET, "clipping": "adaptive", "metrics": "noised"})
+    more = build_claim(job, {"site-1": entries(job, 1)}, SUBJECT)["releases"]
+    assert len(plain) == 2
+    assert set(plain) < set(more)
+    assert sum("inside the events" in item for item in more) == 2
+
+
+def test_what_a_site_refused_is_not_charged() -> None:
+    accounts = {"a": [{"round": 1}, {"round": 2, "refused": "E-BUDGET"}], "b": [{"round": 1, "refused": "E-POLICY"}]}
+    assert charged(accounts) == {"a": [{"round": 1}]}

@@ -9,12 +9,17 @@ from typing import Any
 import pytest
 
 from cotune.shared.errors import PrivacyError
-from cotune.shared.privacy.event import DpSgdEvent, NonPrivateEvent, event_from_dict
+from cotune.shared.privacy.event import DpSgdEvent, NonPrivateEvent, TruncatedDpSgdEvent, event_from_dict
 
 GOOD = {"sampling_probability": 0.1, "noise_multiplier": 1.25, "steps": 7}
+CAPPED = {**GOOD, "max_batch_size": 18, "population": 40}
 
 
-@pytest.mark.parametrize("event", [DpSgdEvent(**GOOD), NonPrivateEvent()], ids=["dp-sgd", "non-private"])
+@pytest.mark.parametrize(
+    "event",
+    [DpSgdEvent(**GOOD), TruncatedDpSgdEvent(**CAPPED), NonPrivateEvent()],
+    ids=["dp-sgd", "capped", "non-private"],
+)
 def test_an_event_comes_back_from_json_as_it_was(event: Any) -> None:
     assert event_from_dict(json.loads(json.dumps(event.to_dict()))) == event
 
@@ -44,6 +49,24 @@ def test_an_event_nobody_can_price_is_refused_when_made_and_when_read(fault: dic
     assert caught.value.code == "E-EVENT"
     with pytest.raises(PrivacyError):
         event_from_dict({"kind": "dp-sgd", **GOOD, **fault})
+    with pytest.raises(PrivacyError, match=next(iter(fault))):
+        TruncatedDpSgdEvent(**{**CAPPED, **fault})
+    with pytest.raises(PrivacyError):
+        event_from_dict({"kind": "dp-sgd-truncated", **CAPPED, **fault})
+
+
+@pytest.mark.parametrize(("cap", "population"), [(0, 40), (-1, 40), (41, 40), (1, 0)])
+def test_a_cap_of_nobody_or_above_the_population_is_refused(cap: int, population: int) -> None:
+    with pytest.raises(PrivacyError, match="max_batch_size") as caught:
+        TruncatedDpSgdEvent(**{**CAPPED, "max_batch_size": cap, "population": population})
+    assert caught.value.code == "E-EVENT"
+
+
+@pytest.mark.parametrize("cap", [1, 40])
+def test_a_cap_of_one_or_of_everybody_is_allowed(cap: int) -> None:
+    event = TruncatedDpSgdEvent(**{**CAPPED, "max_batch_size": cap})
+    assert event_from_dict(event.to_dict()) == event
+    assert event.to_dict() == {"kind": "dp-sgd-truncated", **CAPPED, "max_batch_size": cap}
 
 
 @pytest.mark.parametrize("good", [{"sampling_probability": 1.0}, {"steps": 0}, {"noise_multiplier": 1e-300}])
@@ -62,6 +85,9 @@ def test_the_ends_of_the_allowed_ranges_are_allowed(good: dict[str, float]) -> N
         {"kind": "dp-sgd", **GOOD, "epsilon": 0.1},
         {"kind": "dp-sgd", "sampling_probability": 0.1, "steps": 7},
         {"kind": "non-private", "steps": 1},
+        {"kind": "dp-sgd", **CAPPED},
+        {"kind": "dp-sgd-truncated", **GOOD},
+        {"kind": "dp-sgd-truncated", **GOOD, "max_batch_size": 18},
     ],
     ids=str,
 )
