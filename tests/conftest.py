@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -11,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import HealthCheck, settings
 
+from cotune.shared.chain import SignedHead, head_message
 from cotune.shared.job import Job
 from cotune.shared.jobfile import parse_job
+from cotune.shared.signing import public_key_line, sign
 
 WORDS = (
     "fever",
@@ -39,8 +44,10 @@ MakeJob = Callable[..., Job]
 
 
 def pytest_configure() -> None:
-    """One thread a process, also in those that tests start: they run beside each other."""
+    """One thread a process, also in those that tests start: they run beside each other, on machines of any speed."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any speed")
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +87,21 @@ def _tokenizer(folder: Path) -> None:
         sep_token="[SEP]",
     )
     fast.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def sign_head() -> Callable[[str, int], SignedHead]:
+    """Ledger heads as sites sign them: the same site and number always give the same head."""
+    keys: dict[str, Ed25519PrivateKey] = {}
+
+    def sign_as(site: str, seq: int) -> SignedHead:
+        key = keys.setdefault(site, Ed25519PrivateKey.generate())
+        sha256 = hashlib.sha256(f"{site} {seq}".encode()).hexdigest()
+        signature = sign(key, "cotune-head", head_message(site, seq, sha256))
+        public = public_key_line(key.public_key())
+        return SignedHead(site=site, seq=seq, sha256=sha256, public_key=public, signature=signature)
+
+    return sign_as
 
 
 @pytest.fixture

@@ -1,128 +1,123 @@
-"""The noise that is added is the noise that is accounted. False alarms of each check: ALPHA at SIZE."""
+"""How noise joins a step's sums, number for number; its law is in tests/statistical."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
-from scipy import stats
 
-from cotune.client.noise import privatise
+from cotune.client.clipping import ClippedSum
+from cotune.client.noise import Noise, draw_noise, privatise
 from cotune.client.randomness import reproducible_stream, secure_stream
-from cotune.shared.privacy.mechanism import Mechanism
+from cotune.shared.privacy.mechanism import LOSS_BOUND, Mechanism
 
-ALPHA = 1e-6
-SIZE = 100_000
-GOOD: dict[str, Any] = {
-    "sampling_probability": 0.25,
-    "expected_batch_size": 16,
-    "clipping_norm": 0.7,
-    "noise_multiplier": 1.3,
-}
-MECHANISM = Mechanism(**GOOD)
+MECHANISM = Mechanism(sampling_probability=0.25, expected_batch_size=16, clipping_norm=0.7, noise_multiplier=1.3)
+SIDES = replace(MECHANISM, adaptive=True, metrics=True)
+OPEN = replace(MECHANISM, private=False)
+SILENT = Noise(np.zeros(5), 0.0, 0.0)
+SUMS = ClippedSum(np.array([100.0, -50.0, 0.0, 1e-3, 8.0]), 3.5, -2.25)
 
 
-def has_the_accounted_noise(
-    released: NDArray[np.float32], clipped_sum: NDArray[np.float64], mechanism: Mechanism
-) -> bool:
-    """Whether a release is its sum over the public batch size with noise of the accounted law."""
-    noise = released.astype(np.float64) * mechanism.expected_batch_size - clipped_sum
-    scaled = noise / (mechanism.noise_multiplier * mechanism.clipping_norm)
-    n, level = len(scaled), ALPHA / 3
-    law = stats.kstest(scaled, "norm").pvalue
-    spread = stats.chi2.cdf(float(np.square(scaled).sum()), n)
-    centre = 2 * stats.norm.sf(abs(scaled.mean()) * math.sqrt(n))
-    return bool(law > level and 2 * min(spread, 1 - spread) > level and centre > level)
+def test_every_coordinate_gets_its_own_noise_times_the_accounted_deviation_over_the_public_batch() -> None:
+    noise = Noise(np.array([1.0, -2.0, 0.5, 0.0, 3.0]), 9.0, 9.0)
+    released = privatise(SUMS, MECHANISM, noise)
+    wanted = (SUMS.gradient + 1.3 * 0.7 * noise.gradient) / 16
+    np.testing.assert_array_equal(released.gradient, wanted.astype(np.float32))
+    assert released.gradient.dtype == np.float32
 
 
-def shares_no_noise(first: NDArray[np.float32], second: NDArray[np.float32]) -> bool:
-    """Whether two releases of the same sum are uncorrelated."""
-    score = abs(float(np.corrcoef(first, second)[0, 1])) * math.sqrt(len(first))
-    return bool(2 * stats.norm.sf(score) > ALPHA)
+def test_with_side_sums_the_gradients_noise_is_the_raised_one() -> None:
+    noise = Noise(np.ones(5), 0.0, 0.0)
+    released = privatise(ClippedSum.zero(5), SIDES, noise)
+    raised = (1.3**-2 - 2 * SIDES.side_noise_multiplier**-2) ** -0.5
+    np.testing.assert_allclose(released.gradient, np.full(5, raised * 0.7 / 16), rtol=1e-6)
+    assert raised > 1.3
 
 
-@pytest.fixture
-def clipped_sum() -> NDArray[np.float64]:
-    return np.random.default_rng(3).normal(size=SIZE) * 0.01
+@pytest.mark.parametrize("units", [1, 10, 16])
+def test_the_share_below_the_norm_is_exact_for_a_batch_of_the_expected_size(units: int) -> None:
+    """Each unit adds half, or takes half away; of 16 units `units` are below."""
+    sums = ClippedSum(np.zeros(5), units / 2 - (16 - units) / 2, 0.0)
+    assert privatise(sums, SIDES, SILENT).below == pytest.approx(units / 16)
 
 
-def test_a_release_has_exactly_the_accounted_noise(clipped_sum: NDArray[np.float64]) -> None:
-    released = privatise(clipped_sum, MECHANISM, secure_stream())
-    assert has_the_accounted_noise(released, clipped_sum, MECHANISM)
-    assert released.dtype == np.float32
-    assert released.shape == clipped_sum.shape
+def test_the_loss_is_exact_for_a_batch_of_the_expected_size() -> None:
+    losses = np.linspace(0.0, LOSS_BOUND, 16)
+    sums = ClippedSum(np.zeros(5), 0.0, float((losses / (LOSS_BOUND / 2) - 1).sum()))
+    assert privatise(sums, SIDES, SILENT).loss == pytest.approx(losses.mean())
 
 
-def test_an_empty_batch_releases_noise_alone_of_the_same_law() -> None:
-    nothing = np.zeros(SIZE)
-    released = privatise(nothing, MECHANISM, secure_stream())
-    assert has_the_accounted_noise(released, nothing, MECHANISM)
+def test_the_noise_of_a_side_sum_is_its_multiplier_over_a_sensitivity_of_one() -> None:
+    quiet, loud = (privatise(SUMS, SIDES, replace(SILENT, below=z, loss=z)) for z in (0.0, 2.0))
+    added = 2.0 * SIDES.side_noise_multiplier
+    assert (loud.below or 0) - (quiet.below or 0) == pytest.approx(added / (2 * 16))
+    assert (loud.loss or 0) - (quiet.loss or 0) == pytest.approx(added / 16 * LOSS_BOUND / 2)
 
 
-@pytest.mark.parametrize("factor", [0.5, 2.0, 0.97, 1.03])
-def test_too_little_or_too_much_noise_is_noticed(factor: float, clipped_sum: NDArray[np.float64]) -> None:
-    faulty = Mechanism(**{**GOOD, "noise_multiplier": GOOD["noise_multiplier"] * factor})
-    released = privatise(clipped_sum, faulty, secure_stream())
-    assert not has_the_accounted_noise(released, clipped_sum, MECHANISM)
+def test_side_sums_nobody_asked_for_are_not_released() -> None:
+    assert (privatise(SUMS, MECHANISM, SILENT).below, privatise(SUMS, MECHANISM, SILENT).loss) == (None, None)
+    assert privatise(SUMS, replace(MECHANISM, adaptive=True), SILENT).loss is None
+    assert privatise(SUMS, replace(MECHANISM, metrics=True), SILENT).below is None
 
 
-def test_noise_added_twice_or_not_at_all_is_noticed(clipped_sum: NDArray[np.float64]) -> None:
-    once = privatise(clipped_sum, MECHANISM, secure_stream())
-    twice = privatise(once.astype(np.float64) * 16, MECHANISM, secure_stream())
-    assert not has_the_accounted_noise(twice, clipped_sum, MECHANISM)
-    bare = (clipped_sum / 16).astype(np.float32)
-    assert not has_the_accounted_noise(bare, clipped_sum, MECHANISM)
+def test_an_empty_batch_releases_noise_alone() -> None:
+    noise = draw_noise(SIDES, 5, secure_stream())
+    released = privatise(ClippedSum.zero(5), SIDES, noise)
+    wanted = SIDES.noise_standard_deviation * noise.gradient / 16
+    np.testing.assert_array_equal(released.gradient, wanted.astype(np.float32))
+    assert released.below == pytest.approx(0.5 + SIDES.side_noise_multiplier * noise.below / 32)
 
 
-def test_dividing_by_the_batch_that_was_drawn_is_noticed(clipped_sum: NDArray[np.float64]) -> None:
-    released = privatise(clipped_sum, MECHANISM, secure_stream()) * np.float32(16 / 13)
-    assert not has_the_accounted_noise(released, clipped_sum, MECHANISM)
+def test_every_number_of_a_steps_noise_is_another_one_of_the_stream() -> None:
+    noise = draw_noise(MECHANISM, 5, reproducible_stream(1, "a", 1))
+    stream = reproducible_stream(1, "a", 1).normal(7).tolist()
+    assert [*noise.gradient, noise.below, noise.loss] == stream
+    assert len(set(stream)) == 7
 
 
-def test_noise_that_scales_with_the_batch_is_noticed() -> None:
-    full = np.full(SIZE, 5.0)
-    released = privatise(full, MECHANISM, secure_stream()) * np.float32(1.05)
-    assert not has_the_accounted_noise(released, full, MECHANISM)
-
-
-def test_two_sites_and_two_steps_share_no_noise_and_one_key_at_both_is_noticed(
-    clipped_sum: NDArray[np.float64],
-) -> None:
-    nothing = np.zeros(SIZE)
+def test_two_steps_of_a_stream_and_two_secure_streams_share_no_number() -> None:
     stream = secure_stream()
-    first, second = (privatise(nothing, MECHANISM, stream) for _ in range(2))
-    other = privatise(nothing, MECHANISM, secure_stream())
-    assert shares_no_noise(first, second)
-    assert shares_no_noise(first, other)
-    tests = [privatise(nothing, MECHANISM, reproducible_stream(1, s, 1)) for s in ("site-1", "site-2", "site-1")]
-    assert shares_no_noise(tests[0], tests[1])
-    assert not shares_no_noise(tests[0], tests[2])
+    drawn = [draw_noise(MECHANISM, 500, source).gradient for source in (stream, stream, secure_stream())]
+    assert len(np.unique(np.concatenate(drawn))) == 1500
+
+
+def test_the_same_test_stream_gives_the_same_noise() -> None:
+    one, other = (draw_noise(MECHANISM, 100, reproducible_stream(3, "site-1", 2)) for _ in range(2))
+    assert np.array_equal(one.gradient, other.gradient)
+    assert (one.below, one.loss) == (other.below, other.loss)
 
 
 def test_the_mean_over_many_releases_is_the_sum_over_the_expected_batch_size() -> None:
-    clipped_sum = np.array([100.0, -50.0, 0.0])
     stream = secure_stream()
-    releases = np.array([privatise(clipped_sum, MECHANISM, stream) for _ in range(4000)], dtype=np.float64)
+    releases = np.array([privatise(SUMS, MECHANISM, draw_noise(MECHANISM, 5, stream)).gradient for _ in range(4000)])
     error = MECHANISM.noise_standard_deviation / 16 / math.sqrt(4000)
-    score = np.abs(releases.mean(0) - clipped_sum / 16) / error
-    assert 3 * 2 * stats.norm.sf(score.max()) > ALPHA
+    assert np.abs(releases.mean(0, dtype=np.float64) - SUMS.gradient / 16).max() < 6 * error  # one in 10**8
 
 
-def test_without_privacy_no_noise_is_added(clipped_sum: NDArray[np.float64]) -> None:
-    bare = Mechanism(**{**GOOD, "private": False})
-    released = privatise(clipped_sum, bare, secure_stream())
-    assert np.array_equal(released, (clipped_sum / 16).astype(np.float32))
+def test_without_privacy_no_noise_is_drawn_or_added() -> None:
+    stream, untouched = reproducible_stream(1, "a", 1), reproducible_stream(1, "a", 1)
+    noise = draw_noise(OPEN, 5, stream)
+    assert (noise.gradient.tolist(), noise.below, noise.loss) == ([0.0] * 5, 0.0, 0.0)
+    assert np.array_equal(stream.normal(3), untouched.normal(3))
+    loud = Noise(np.ones(5), 1.0, 1.0)
+    assert np.array_equal(privatise(SUMS, OPEN, loud).gradient, (SUMS.gradient / 16).astype(np.float32))
 
 
-def test_the_sum_itself_is_left_as_it_was(clipped_sum: NDArray[np.float64]) -> None:
-    before = clipped_sum.copy()
-    privatise(clipped_sum, MECHANISM, secure_stream())
-    assert np.array_equal(before, clipped_sum)
+def test_the_sum_itself_is_left_as_it_was() -> None:
+    before = SUMS.gradient.copy()
+    privatise(SUMS, MECHANISM, draw_noise(MECHANISM, 5, secure_stream()))
+    assert np.array_equal(before, SUMS.gradient)
 
 
-@pytest.mark.parametrize("shape", [(0,), (1,), (5,), (4, 3), (4, 1)], ids=str)
-def test_the_result_has_the_shape_of_the_sum(shape: tuple[int, ...]) -> None:
-    assert privatise(np.zeros(shape), MECHANISM, secure_stream()).shape == shape
+@pytest.mark.parametrize("size", [0, 1, 5, 4096])
+def test_the_result_has_the_size_of_the_sum(size: int) -> None:
+    noise = draw_noise(MECHANISM, size, secure_stream())
+    assert privatise(ClippedSum.zero(size), MECHANISM, noise).gradient.shape == (size,)
+
+
+def test_noise_is_never_shown() -> None:
+    noise = draw_noise(MECHANISM, 3, secure_stream())
+    assert str(noise.below) not in repr(noise)
+    assert repr(noise).startswith("<cotune.client.noise.Noise object at 0x")

@@ -8,70 +8,35 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.client.rounds import (
+    OPEN,
+    PRIVATE,
+    by_record,
+    examples_of,
+    network_of,
+    nobody,
+    noise_of,
+    stream,
+    train,
+    trainer_of,
+)
 
-from cotune.client.noise import privatise
-from cotune.client.randomness import RandomStream, reproducible_stream, secure_stream
+from cotune.client.randomness import secure_stream
 from cotune.client.sampling import draw_batch
 from cotune.client.training import Trainer, learning_rate
 from cotune.shared.adapter import Vector
-from cotune.shared.examples import Example, tokenize
 from cotune.shared.features import Features
 from cotune.shared.job import Job
-from cotune.shared.methods import attach, layout_of, quiet_peft, read, save, trainable
-from cotune.shared.model import load_model, load_tokenizer, locate
+from cotune.shared.methods import layout_of, quiet_peft, read, save, trainable
+from cotune.shared.model import load_model, locate
 from cotune.shared.network import Network
-from cotune.shared.privacy.mechanism import Mechanism, mechanism_of
-from cotune.shared.records import read_records
-
-OPEN = {"level": "none"}
-PRIVATE = {"noise_multiplier": 2.0, "delta": 1e-3}
+from cotune.shared.privacy.mechanism import mechanism_of
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """Small matrices: threads would only wait for each other."""
     torch.set_num_threads(1)
-
-
-def network_of(job: Job) -> Network:
-    return Network(attach(load_model(locate(job), job), job), job)
-
-
-def examples_of(job: Job) -> list[Example]:
-    """Thirty examples of several lengths, so that sorting and padding have something to do."""
-    whole = tokenize(read_records(Path(str(job.data.train)))[:30], load_tokenizer(locate(job)), job)
-    return [Example(e.ids[i % 5 :], max(0, e.start - i % 5), e.label) for i, e in enumerate(whole)]
-
-
-def stream() -> RandomStream:
-    return reproducible_stream(1, "site-1", 1)
-
-
-def nobody(job: Job) -> Mechanism:
-    """The job's mechanism, at a rate so small that no record is ever drawn."""
-    known = mechanism_of(job)
-    return Mechanism(
-        sampling_probability=1e-15,
-        expected_batch_size=known.expected_batch_size,
-        clipping_norm=known.clipping_norm,
-        noise_multiplier=known.noise_multiplier,
-        private=known.private,
-    )
-
-
-def train(
-    trainer: Trainer,
-    job: Job,
-    *,
-    number: int = 1,
-    mechanism: Mechanism | None = None,
-    features: Features | None = None,
-) -> dict[str, Vector]:
-    """One round over the job's first thirty records; the adapter afterwards."""
-    examples = examples_of(job)
-    features = features or Features(trainer.network, examples)
-    trainer.train_round(number, examples, features, mechanism or mechanism_of(job), stream(), lambda _step: None)
-    return read(trainer.network.adapted)
 
 
 def by_plain_autograd(job: Job, left_out: set[int] | None = None) -> dict[str, Vector]:
@@ -120,7 +85,7 @@ def test_without_privacy_a_round_is_plain_training_on_the_mean_over_the_expected
     make_job: Any, settings: dict[str, Any], freeze: bool
 ) -> None:
     job = make_job(privacy=OPEN, train={"local_steps": 3, **settings}, lora={"freeze_a": freeze})
-    got = train(Trainer(network_of(job), job), job)
+    got = train(trainer_of(job), job)
     assert_equal(got, by_plain_autograd(job), atol=1e-4 if job.train.optimizer == "adamw" else 2e-6)
     assert any(value.any() for name, value in got.items() if ".lora_B." in name)
 
@@ -133,14 +98,14 @@ def test_a_classifier_trains_its_head_like_plain_training(make_job: Any, tiny_en
         lora={"target_modules": ["query", "value"]},
         train={"local_steps": 3},
     )
-    got = train(Trainer(network_of(job), job), job)
+    got = train(trainer_of(job), job)
     assert_equal(got, by_plain_autograd(job))
     assert any(value.any() for name, value in got.items() if name.endswith("classifier.bias"))
 
 
 def test_frozen_tensors_and_the_base_model_do_not_move(make_job: Any) -> None:
     job = make_job(privacy=PRIVATE)
-    trainer = Trainer(network_of(job), job)
+    trainer = trainer_of(job)
     before = {n: p.detach().clone() for n, p in trainer.network.adapted.named_parameters()}
     train(trainer, job)
     moved = {n for n, p in trainer.network.adapted.named_parameters() if not torch.equal(p, before[n])}
@@ -150,11 +115,11 @@ def test_frozen_tensors_and_the_base_model_do_not_move(make_job: Any) -> None:
 def test_an_empty_batch_is_a_step_of_noise_alone(make_job: Any) -> None:
     job = make_job(privacy=PRIVATE, train={"local_steps": 1})
     mechanism = nobody(job)
-    trainer = Trainer(network_of(job), job)
+    trainer = trainer_of(job)
     got = trainer.layout.flatten(train(trainer, job, mechanism=mechanism))
     source = stream()
     assert len(draw_batch(mechanism, 30, source)) == 0
-    noise = privatise(np.zeros(trainer.layout.size), mechanism, source)
+    noise = noise_of(mechanism, trainer.layout.size, source)
     np.testing.assert_allclose(got, -job.train.learning_rate * noise, rtol=1e-6)
     assert np.abs(got).min() > 0
 
@@ -163,28 +128,27 @@ def test_an_empty_batch_without_privacy_changes_nothing(make_job: Any) -> None:
     job = make_job(privacy=OPEN)
     network = network_of(job)
     before = read(network.adapted)
-    assert_equal(train(Trainer(network, job), job, mechanism=nobody(job)), before, atol=0)
+    assert_equal(train(Trainer(network, job, "0" * 64), job, mechanism=nobody(job)), before, atol=0)
 
 
 def test_every_step_draws_a_fresh_batch_and_fresh_noise(make_job: Any) -> None:
     job = make_job(privacy=PRIVATE, train={"local_steps": 2})
     mechanism = nobody(job)
-    trainer = Trainer(network_of(job), job)
+    trainer = trainer_of(job)
     got = trainer.layout.flatten(train(trainer, job, mechanism=mechanism))
     source, noises = stream(), []
     for _ in range(2):
         draw_batch(mechanism, 30, source)
-        noises.append(privatise(np.zeros(trainer.layout.size), mechanism, source))
+        noises.append(noise_of(mechanism, trainer.layout.size, source))
     assert abs(np.corrcoef(noises[0], noises[1])[0, 1]) < 0.4
     np.testing.assert_allclose(got, -job.train.learning_rate * (noises[0] + noises[1]), atol=1e-5)
 
 
 def test_progress_counts_the_steps_from_one(make_job: Any) -> None:
     job = make_job(privacy=PRIVATE, train={"local_steps": 3})
-    trainer, steps = Trainer(network_of(job), job), []
-    examples = examples_of(job)
+    trainer, steps, data = trainer_of(job), [], by_record(examples_of(job))
     trainer.train_round(
-        1, examples, Features(trainer.network, examples), mechanism_of(job), secure_stream(), steps.append
+        1, data, Features(trainer.network, data.examples), mechanism_of(job), secure_stream(), steps.append
     )
     assert steps == [1, 2, 3]
 
@@ -206,7 +170,7 @@ def test_the_schedule_runs_on_over_the_rounds(make_job: Any) -> None:
     job = make_job(run={"rounds": 3}, train={"local_steps": 1, "schedule": "linear"}, privacy=PRIVATE)
     sizes = []
     for number in (1, 2, 3):
-        trainer = Trainer(network_of(job), job)
+        trainer = trainer_of(job)
         values = train(trainer, job, number=number, mechanism=nobody(job))
         sizes.append(float(np.linalg.norm(trainer.layout.flatten(values))))
     assert [size / sizes[0] for size in sizes] == pytest.approx([1, 0.55, 0.1], rel=1e-4)
@@ -214,7 +178,7 @@ def test_the_schedule_runs_on_over_the_rounds(make_job: Any) -> None:
 
 def test_the_optimiser_starts_anew_each_round(make_job: Any) -> None:
     job = make_job(privacy=OPEN, train={"momentum": 0.9})
-    trainer = Trainer(network_of(job), job)
+    trainer = trainer_of(job)
     after_one = train(trainer, job)
     assert any(value.any() for name, value in after_one.items() if ".lora_B." in name)
     assert_equal(train(trainer, job, number=2, mechanism=nobody(job)), after_one, atol=0)
@@ -222,7 +186,7 @@ def test_the_optimiser_starts_anew_each_round(make_job: Any) -> None:
 
 def test_a_record_that_overflows_never_spreads(make_job: Any, tmp_path: Path) -> None:
     job = make_job(privacy=OPEN, train={"local_steps": 3})
-    trainer, examples, source = Trainer(network_of(job), job), examples_of(job), stream()
+    trainer, examples, source = trainer_of(job), examples_of(job), stream()
     spoilt = int(draw_batch(mechanism_of(job), 30, source)[0])
     Features(trainer.network, examples, tmp_path / "kept").of(range(30))
     values = np.lib.format.open_memmap(next((tmp_path / "kept").glob("*/features.npy")), mode="r+")
@@ -235,7 +199,7 @@ def test_a_record_that_overflows_never_spreads(make_job: Any, tmp_path: Path) ->
 
 def test_an_adapter_that_is_not_finite_still_gives_a_step_of_noise_alone(make_job: Any) -> None:
     job = make_job(privacy={**PRIVATE}, train={"local_steps": 1})
-    trainer = Trainer(network_of(job), job)
+    trainer = trainer_of(job)
     name, parameter = next(iter(trainable(trainer.network.adapted).items()))
     with torch.no_grad():
         parameter.fill_(float("nan"))
@@ -251,7 +215,7 @@ def test_a_noised_step_moves_every_trained_number_of_the_model_that_is_saved(
     from peft import PeftModel
 
     job = make_job(privacy=PRIVATE, train={"optimizer": optimizer, "learning_rate": 0.1})
-    trainer, examples = Trainer(network_of(job), job), examples_of(job)
+    trainer, examples = trainer_of(job), examples_of(job)
     before = trainer.network.losses(examples, None).detach()
     values = train(trainer, job)
     assert all((value != 0).all() for name, value in values.items() if ".lora_B." in name)
@@ -266,7 +230,7 @@ def test_a_noised_step_moves_every_trained_number_of_the_model_that_is_saved(
 
 def test_training_lowers_the_loss_on_what_can_be_learnt(make_job: Any) -> None:
     job = make_job(privacy=OPEN, train={"local_steps": 30, "learning_rate": 1.0})
-    trainer, examples = Trainer(network_of(job), job), examples_of(job)
+    trainer, examples = trainer_of(job), examples_of(job)
     before = float(trainer.network.losses(examples, None).detach().mean())
     train(trainer, job)
     assert float(trainer.network.losses(examples, None).detach().mean()) < 0.8 * before

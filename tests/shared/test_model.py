@@ -175,13 +175,14 @@ def test_a_gguf_file_that_is_not_there_is_said_to_be_missing(make_job, tmp_path:
     refusal(make_job, "E-MODEL-MISSING", base=str(tmp_path / "none.gguf"))
 
 
-def test_a_model_is_frozen_and_in_single_precision(make_job) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_is_frozen_and_in_the_jobs_precision(make_job, dtype: str) -> None:
     import torch
 
-    job = make_job()
+    job = make_job(model={"dtype": dtype})
     model = load_model(locate(job), job)
     assert not model.training
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -205,8 +206,9 @@ def test_a_model_without_padding_token_and_chat_template_trains(make_job, tmp_pa
     from cotune.shared.methods import initial_values, layout_of
     from cotune.shared.plan import RoundPlan, cotune_version
     from cotune.shared.planning import resolve
+    from cotune.shared.runs import create_run
     from cotune.shared.update import AdapterUpdate
-    from cotune.simulations.scenario import answer_plan
+    from cotune.simulations.scenario import answer_plan, begin
 
     job = resolve(make_job(privacy={"noise_multiplier": 3.0}))
     tokenizer = load_tokenizer(locate(job))
@@ -223,8 +225,11 @@ def test_a_model_without_padding_token_and_chat_template_trains(make_job, tmp_pa
         round=1,
         base_sha256=flat_sha256(flat),
         frozen_sha256=fingerprint(start),
+        clipping_norm=job.privacy.clipping_norm,
     )
-    answer = answer_plan(plan, flat)
+    run = create_run(tmp_path / "runs", job, b"")
+    begin(run)
+    answer = answer_plan(plan.model_copy(update={"run_id": run.run_id}), flat)
     assert isinstance(answer, AdapterUpdate)
     assert answer.delta.any()
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from cotune.shared.errors import ModelError
 from cotune.shared.examples import Example, tokenize
 from cotune.shared.job import Job
 from cotune.shared.methods import attach, read, write
 from cotune.shared.model import load_model, load_tokenizer, locate
-from cotune.shared.network import Network, mean_by_row
+from cotune.shared.network import Network, checkpoint, mean_by_row
 from cotune.shared.records import read_records
 
 CLASSIFY: dict[str, Any] = {"kind": "classify", "labels": ["cardio", "derma", "pulmo"]}
@@ -141,3 +142,37 @@ def test_a_base_model_without_adapter_can_be_scored_too(make_job: Any) -> None:
 def test_a_mean_by_row_counts_only_the_rows_own_values() -> None:
     means = mean_by_row(torch.tensor([1.0, 3.0, 10.0, 7.0]), torch.tensor([0, 0, 2, 3]), 5)
     assert means.tolist() == [2.0, 0.0, 10.0, 7.0, 0.0]
+
+
+def test_in_bfloat16_losses_and_what_is_kept_are_in_single_precision(make_job: Any) -> None:
+    job = make_job()
+    rounded, exact = network_of(job.replace(model={"dtype": "bfloat16"})), network_of(job)
+    examples = examples_of(job)
+    hidden = rounded.encode(examples)
+    assert {h.dtype for h in hidden} == {np.dtype(np.float32)}
+    wanted = exact.losses(examples, None)
+    for got in (rounded.losses(examples, hidden), rounded.losses(examples, None)):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.05)
+    assert not torch.equal(rounded.losses(examples, None), wanted)
+
+
+@pytest.mark.parametrize("kind", ["completion", "classify"])
+def test_checkpointing_changes_no_loss_and_stays_in_evaluation_mode(make_job: Any, encoder_job: Job, kind: str) -> None:
+    job = encoder_job if kind == "classify" else make_job()
+    examples = examples_of(job)
+    plain, network = network_of(job), network_of(job.replace(train={"checkpointing": True}))
+    assert not network.adapted.training
+    assert torch.equal(network.losses(examples, None), plain.losses(examples, None))
+    if network.splits:
+        kept = plain.encode(examples)
+        for one, other in zip(network.encode(examples), kept, strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert torch.equal(network.losses(examples, kept), plain.losses(examples, kept))
+
+
+def test_checkpointing_is_refused_where_no_layer_can_be_run_again() -> None:
+    with pytest.raises(ModelError) as caught:
+        checkpoint(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    assert (caught.value.code, caught.value.param) == ("E-MODEL-CHECKPOINTING", "train.checkpointing")
+    assert "microbatch" in str(caught.value.hint)

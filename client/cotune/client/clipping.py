@@ -1,139 +1,133 @@
-"""Per-example gradients in one backward pass, and their clipped sum.
-
-Each trained linear layer gets its weight as one leaf per example, `[n, out, in]`, multiplied by `bmm`. One
-backward pass of the sum of losses then leaves exactly each example's own gradient in its slice: for low-rank
-adapters this costs the same operations as the batch gradient.
-"""
+"""From gradients of examples to one clipped sum over units: what noise is then added to."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from cotune.shared.adapter import Vector
-from cotune.shared.errors import ModelError
-from cotune.shared.examples import Example
-from cotune.shared.methods import trainable
-from cotune.shared.network import Network
-from cotune.shared.privacy.mechanism import Mechanism
+from cotune.client.gradients import PerExample
+from cotune.shared.privacy.mechanism import LOSS_BOUND, Mechanism
 
-# The factor is rounded down by more than fp32 arithmetic can round it up, so the bound holds as computed.
+# The factor is rounded down by more than float64 arithmetic can round it up, so the bound holds as computed.
 SAFETY = 1 - 1e-6
+NORMALISED_OFFSET = 0.01  # gamma of AUTO-S, Bu et al. 2023 (arXiv 2206.07136), section 3.3
 
 
-class PerExampleLinear(nn.Module):
-    """A linear layer that can hold one copy of its parameters per example."""
+@dataclass(frozen=True, repr=False)
+class PerUnit:
+    """What each unit says by itself. As sensitive as its examples: it has no repr.
 
-    bias: nn.Parameter | None
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight = linear.weight
-        self.bias = linear.bias
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.copies: dict[str, Tensor] = {}
-
-    def expand(self, count: int) -> None:
-        """Make `count` leaves of every trained parameter; 0 goes back to the plain layer."""
-        trained = {name: p for name, p in self.named_parameters(recurse=False) if p.requires_grad}
-        self.copies = {
-            name: p.detach().expand(count, *p.shape).requires_grad_() for name, p in trained.items() if count
-        }
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (n, in) or (n, tokens, in) to (n, out) or (n, tokens, out)."""
-        if not self.copies:
-            return functional.linear(x, self.weight, self.bias)
-        rows = x if x.dim() == 3 else x.unsqueeze(1)
-        count = len(rows)
-        weight = self.copies.get("weight", self.weight.expand(count, *self.weight.shape))
-        y = torch.bmm(rows, weight.transpose(1, 2))
-        if self.bias is not None:
-            y = y + self.copies.get("bias", self.bias.expand(count, *self.bias.shape)).unsqueeze(1)
-        return y if x.dim() == 3 else y.squeeze(1)
-
-
-class PerExampleGradients:
-    """Gives per-example gradients of a network's trained parameters.
-
-    Guarantee: slice i of every gradient depends on example i alone. Only parameters of instrumented linear
-    layers may be trained; any other trained parameter is refused, so nothing escapes clipping.
-
-    Edge cases: parameters shared by two layers are refused (their gradients would have to be joined before
-    clipping); a network without trained parameters is refused.
+    Attributes:
+        gradients: Parameter name -> (units, *shape): the sum over the unit's examples, in float64 where there
+            may be several.
+        losses: Mean of the unit's examples' losses, shape (units,), in nats; 0 for a unit without example.
+        counts: Examples of each unit in here, shape (units,).
     """
 
-    def __init__(self, network: Network) -> None:
-        self._network = network
-        self._layers = _instrument(network.adapted)
-        covered = {id(p): layer for layer in self._layers for p in layer.parameters(recurse=False)}
-        self._owners: dict[str, tuple[PerExampleLinear, str]] = {}
-        for name, parameter in trainable(network.adapted).items():
-            if id(parameter) not in covered:
-                raise ModelError("E-LORA-LAYER", f"{name}: only linear layers can be trained with per-example clipping")
-            self._owners[name] = (covered[id(parameter)], name.rpartition(".")[2])
-        if not self._owners:
-            raise ModelError("E-LORA-NONE", "no parameter is trained")
+    gradients: dict[str, Tensor]
+    losses: Tensor
+    counts: Tensor
 
-    def of(self, examples: Sequence[Example], hidden: Sequence[Vector] | None) -> dict[str, Tensor]:
-        """Gradients of each example's own mean loss: name -> (n, *shape), fp32, in the layout's order."""
-        for layer in self._layers:
-            layer.expand(len(examples))
-        try:
-            self._network.losses(examples, hidden).sum().backward()
-            return {name: _grad(layer.copies[part]) for name, (layer, part) in self._owners.items()}
-        finally:
-            for layer in self._layers:
-                layer.expand(0)
+    def __add__(self, other: PerUnit) -> PerUnit:
+        """The same units with further examples of theirs."""
+        counts = self.counts + other.counts
+        sums = self.losses * self.counts + other.losses * other.counts
+        gradients = {name: gradient + other.gradients[name] for name, gradient in self.gradients.items()}
+        return PerUnit(gradients, sums / counts.clamp(min=1), counts)
 
 
-def clipped_sum(gradients: Mapping[str, Tensor], mechanism: Mechanism) -> NDArray[np.float64]:
-    """Sum over examples of their gradients, each scaled down to L2 norm `clipping_norm` at most; flat.
+@dataclass(frozen=True, repr=False)
+class ClippedSum:
+    """Sums over units, each of a bounded share. Not yet private: noise makes it so.
 
-    Guarantee: for neighbours that differ by one example, the results differ by at most
-    `mechanism.sensitivity` in L2 norm: the norm is taken over all parameters together, and the factor
-    depends on that example's gradient alone (Abadi et al. 2016, algorithm 1).
-
-    Edge cases: an example whose gradient has NaN or infinity anywhere counts as zero, and leaves the others
-    as they are; a zero gradient stays zero; no example gives zero. Without privacy nothing is scaled, but
-    NaN and infinity are still left out.
+    Attributes:
+        gradient: Sum of clipped gradients, flat, shape (p,), in the layout's order.
+        below: Sum of 1/2 for a unit whose gradient was within the clipping norm, -1/2 for another.
+        loss: Sum of each unit's loss, brought from 0..LOSS_BOUND to -1..1.
     """
-    squares = sum((g.double().flatten(1).square().sum(1) for g in gradients.values()), start=torch.zeros(()))
-    norms = torch.as_tensor(squares).sqrt()
-    finite = torch.isfinite(norms)
-    factors = torch.ones_like(norms)
-    if mechanism.private:
-        factors = (mechanism.clipping_norm * SAFETY / norms).clamp(max=1.0)
-    factors = torch.where(finite, factors, 0.0)
-    parts = [
-        factors @ torch.where(finite[:, None], gradient.double().flatten(1), 0.0) for gradient in gradients.values()
-    ]
-    return torch.cat(parts).numpy()
+
+    gradient: NDArray[np.float64]
+    below: float
+    loss: float
+
+    @staticmethod
+    def zero(size: int) -> ClippedSum:
+        """The sum over no unit."""
+        return ClippedSum(np.zeros(size), 0.0, 0.0)
+
+    def __add__(self, other: ClippedSum) -> ClippedSum:
+        """The sum over these units and others."""
+        return ClippedSum(self.gradient + other.gradient, self.below + other.below, self.loss + other.loss)
 
 
-def _grad(leaf: Tensor) -> Tensor:
-    # A layer no loss depends on has no gradient: its per-example gradient is zero.
-    return leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+def sum_by_unit(per_example: PerExample, owners: Sequence[int] | NDArray[np.integer], units: int) -> PerUnit:
+    """Sum the gradients of each unit's examples; clipping comes after, so it bounds the unit as a whole.
+
+    Args:
+        per_example: Of n examples.
+        owners: The unit of each example, shape (n,), values 0 to units - 1.
+        units: How many units there are.
+
+    Guarantee: row u of every result is a function of the examples whose owner is u, and of nothing else.
+
+    Edge cases: a unit without example has a zero gradient and loss; NaN or infinity stay in their own unit;
+    an owner outside 0 to units - 1, or a number of owners other than n, is an IndexError, never a guess.
+    """
+    losses = per_example.losses
+    unit_of = np.asarray(owners, dtype=np.int64)
+    if unit_of.shape != losses.shape or not ((unit_of >= 0) & (unit_of < units)).all():
+        raise IndexError(f"expected {len(losses)} owners from 0 to {units - 1}")
+    counts = torch.from_numpy(np.bincount(unit_of, minlength=units)).to(losses)
+    if np.array_equal(unit_of, np.arange(units)):
+        return PerUnit(per_example.gradients, losses, counts)  # every example is a unit: no copy
+    index = torch.from_numpy(unit_of).to(losses.device)
+
+    def summed(values: Tensor) -> Tensor:
+        # In float64: which examples share a pass changes the order of a sum, and must not change the sum.
+        total = values.new_zeros(units, *values.shape[1:], dtype=torch.float64)
+        return total.index_add_(0, index, values.double())
+
+    gradients = {name: summed(gradient) for name, gradient in per_example.gradients.items()}
+    return PerUnit(gradients, summed(losses) / counts.clamp(min=1), counts)
 
 
-def _instrument(adapted: Any) -> list[PerExampleLinear]:
-    """Replace every linear layer with trained parameters, once; returns the replacements."""
-    found: dict[int, PerExampleLinear] = {}
-    for parent in list(adapted.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, PerExampleLinear):
-                found[id(child)] = child
-            elif isinstance(child, nn.Linear) and any(p.requires_grad for p in child.parameters(recurse=False)):
-                setattr(parent, name, PerExampleLinear(child))
-                found[id(getattr(parent, name))] = getattr(parent, name)
-    layers = list(found.values())
-    owned = [id(p) for layer in layers for p in layer.parameters(recurse=False)]
-    if len(owned) != len(set(owned)):
-        raise ModelError("E-LORA-TIED", "two trained layers share a parameter; per-example clipping refuses that")
-    return layers
+def clipped_sum(per_unit: PerUnit, mechanism: Mechanism) -> ClippedSum:
+    """Sum over units of their gradients, each scaled down to an L2 norm of at most `clipping_norm`.
+
+    A factor is min(1, C / norm) for flat clipping (Abadi et al. 2016, algorithm 1) and C / (norm + 0.01) for
+    normalised clipping (AUTO-S, Bu et al. 2023, section 3.3).
+
+    Guarantee: for neighbours that differ by one unit, however many examples it has, the results' gradients
+    differ by at most `mechanism.sensitivity` in L2 norm, `below` by 1/2 and `loss` by 1. The norm is taken
+    over all parameters together, in float64, and the factor depends on that unit alone.
+
+    Edge cases: a unit with NaN or infinity anywhere adds no gradient, -1/2 to `below` and 0 to `loss`, and
+    leaves the others as they are; a zero gradient stays zero; a loss outside 0..LOSS_BOUND counts as the
+    nearer end; no unit gives zero. Without privacy nothing is scaled, but NaN and infinity are still left out.
+    """
+    rows = [gradient.flatten(1) for gradient in per_unit.gradients.values()]
+    parts = torch.stack([torch.linalg.vector_norm(row, dim=1, dtype=torch.float64) for row in rows])
+    norms, losses = torch.linalg.vector_norm(parts, dim=0), per_unit.losses.double()
+    whole = norms.isfinite() & losses.isfinite()
+    factors = torch.where(whole, _factors(norms, mechanism), 0.0)
+    if not whole.all():  # 0 times NaN would be NaN
+        rows = [torch.where(whole[:, None], row, 0.0) for row in rows]
+    gradient = torch.cat([factors @ row.double() for row in rows])
+    below = torch.where(whole & (norms <= mechanism.clipping_norm), 0.5, -0.5).sum()
+    loss = torch.where(whole, losses.clamp(0, LOSS_BOUND) / (LOSS_BOUND / 2) - 1, 0.0).sum()
+    return ClippedSum(gradient.cpu().numpy(), float(below), float(loss))
+
+
+def _factors(norms: Tensor, mechanism: Mechanism) -> Tensor:
+    """What each unit's gradient is multiplied by, shape (units,); 0 to 1 unless clipping is normalised."""
+    if not mechanism.private:
+        return torch.ones_like(norms)
+    bound = mechanism.clipping_norm * SAFETY
+    if mechanism.clipping == "normalised":
+        return bound / (norms + NORMALISED_OFFSET)
+    return (bound / norms).clamp(max=1.0)

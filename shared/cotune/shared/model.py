@@ -24,6 +24,7 @@ HASHED = (
     "vocab.txt",
     "tokenizer.model",
 )
+HEADS = ("classifier", "score")  # what transformers calls a classification head
 
 
 @dataclass(frozen=True)
@@ -220,40 +221,52 @@ def load_tokenizer(base: BaseModel) -> Any:
 
 
 def load_model(base: BaseModel, job: Job, *, weights: bool = True) -> Any:
-    """The frozen base model in fp32 and evaluation mode; without weights, its shape alone (meta device).
+    """The frozen base model in the job's dtype and evaluation mode; without weights, its shape alone (meta device).
 
-    A classification head that the base does not have starts at zero: public, and alike at every site.
+    It lies on the GPU if there is one. A classification head is fp32 whatever the dtype, because it is trained;
+    one that the base does not have starts at zero: public, and alike at every site.
 
     Raises:
-        ModelError: The architecture is unknown here, needs foreign code, or misses weights.
+        ModelError: The architecture is unknown here, needs foreign code, or misses weights; or the job wants it
+            in 4 bits and this machine cannot.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from cotune.shared.placement import keep_float32, placement
+
     _be_quiet()
     classify = job.task.kind == "classify"
     auto: Any = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
-    options = {"num_labels": len(job.task.labels)} if classify else {}
+    labels = {"num_labels": len(job.task.labels)} if classify else {}
+    how = placement(job) if weights else {}
     try:
-        config = AutoConfig.from_pretrained(base.folder, local_files_only=True, **options)
+        config = AutoConfig.from_pretrained(base.folder, local_files_only=True, **labels)
         if not weights:
             with torch.device("meta"):
                 return auto.from_config(config).requires_grad_(False).eval()
         model, info = auto.from_pretrained(
-            base.folder, config=config, dtype=torch.float32, local_files_only=True, use_safetensors=True,
-            output_loading_info=True,
-        )  # fmt: skip
+            base.folder, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True, **how
+        )
     except Exception as error:  # noqa: BLE001 - damaged files break their readers in many ways
         raise ModelError(
             "E-MODEL-LOAD", f"{base.name}: does not load as a {job.task.kind} model ({type(error).__name__})",
             param="model.base", hint='completion needs a causal language model, classify an encoder such as MiniLM',
         ) from None  # fmt: skip
-    missing = set(info["missing_keys"])
-    head = {f"{name}.{part}" for name in ("classifier", "score") for part in ("weight", "bias")} if classify else set()
-    if missing - head:
-        raise ModelError("E-MODEL-LOAD", f"{base.name}: weights are missing: {sorted(missing - head)[:3]}")
+    heads = HEADS if classify else ()
+    _start_at_zero(
+        model, set(info["missing_keys"]), {f"{h}.{part}" for h in heads for part in ("weight", "bias")}, base
+    )
+    keep_float32(getattr(model, name, None) for name in heads)
+    return model.requires_grad_(False).eval()
+
+
+def _start_at_zero(model: Any, missing: set[str], allowed: set[str], base: BaseModel) -> None:
+    import torch
+
+    if missing - allowed:
+        raise ModelError("E-MODEL-LOAD", f"{base.name}: weights are missing: {sorted(missing - allowed)[:3]}")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in missing:
                 parameter.zero_()
-    return model.requires_grad_(False).eval()
