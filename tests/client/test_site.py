@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from cotune.client.data import SiteExamples, prepare
+from cotune.client.guard import Guard
+from cotune.client.home import SiteHome
+from cotune.client.policy import DatasetPolicy
 from cotune.client.site import Site
 from cotune.client.training import Trainer
 from cotune.shared.adapter import Vector, fingerprint, flat_sha256
 from cotune.shared.errors import CotuneError
-from cotune.shared.examples import Example, tokenize
 from cotune.shared.job import Job
 from cotune.shared.methods import attach, initial_values, read, write
 from cotune.shared.model import load_model, load_tokenizer, locate
@@ -34,14 +38,23 @@ class Records:
         self.count = count
         self.asked = False
 
-    def examples(self, job: Job, site: str) -> list[Example]:
+    def load(self, job: Job, site: str, dataset: DatasetPolicy) -> SiteExamples:
         self.asked = True
         records = read_records(Path(str(job.data.train)))
-        return tokenize((records * 50)[: self.count], load_tokenizer(locate(job)), job)
+        return prepare((records * 50)[: self.count], load_tokenizer(locate(job)), job)
 
 
 def trainer_of(job: Job) -> Trainer:
-    return Trainer(Network(attach(load_model(locate(job), job), job), job), job)
+    base = locate(job)
+    return Trainer(Network(attach(load_model(base, job), job), job), job, base.sha256)
+
+
+def site_of(job: Job, records: Records | None = None, work: Path | None = None, name: str = "site-1") -> Site:
+    """A site in a new home of its own, whose policy grants just this job."""
+    folder = Path(tempfile.mkdtemp(dir=Path(str(job.data.train)).parent)) / "home"
+    sound = job.replace(privacy={"delta": 1e-3}) if job.privacy.delta in (0.0, 1.0) else job
+    home = SiteHome.simulated(folder, name, sound, locate(job).sha256)
+    return Site(Guard(home), records or Records(), work)
 
 
 def plan_of(job: Job, adapter: Vector, trainer: Trainer, **changes: Any) -> RoundPlan:
@@ -53,6 +66,7 @@ def plan_of(job: Job, adapter: Vector, trainer: Trainer, **changes: Any) -> Roun
         "round": 1,
         "base_sha256": flat_sha256(adapter),
         "frozen_sha256": fingerprint(initial_values(trainer.layout, job.run.seed)),
+        "clipping_norm": job.privacy.clipping_norm,
     }
     return RoundPlan(**{**facts, **changes})
 
@@ -66,7 +80,7 @@ def train(job: Job, records: Records | None = None, work: Path | None = None, **
     trainer = trainer_of(job)
     adapter = start(trainer)
     plan = plan_of(job, adapter, trainer, **changes)
-    return Site("site-1", records or Records(), work).train(plan, adapter, trainer, lambda _step: None)
+    return site_of(job, records, work).train(plan, adapter, trainer, lambda _step: None)
 
 
 @pytest.mark.parametrize(
@@ -94,12 +108,12 @@ def test_a_plan_that_does_not_hold_together_is_refused_before_any_record_is_read
     ("privacy", "code"),
     [
         ({"epsilon": 1.0, "noise_multiplier": 0.8, "delta": 1e-3}, "E-BUDGET"),
-        ({"epsilon": 3.0, "noise_multiplier": 2.0}, "E-UNRESOLVED"),
-        ({"epsilon": 3.0, "delta": 1e-3}, "E-UNRESOLVED"),
-        ({"epsilon": 3.0, "noise_multiplier": 2.0, "delta": 1.0}, "E-DELTA"),
-        ({"epsilon": 3.0, "noise_multiplier": 2.0, "delta": 0.0}, "E-DELTA"),
-        ({"epsilon": 3.0, "noise_multiplier": 0.0, "delta": 1e-3}, "E-MECHANISM"),
-        ({"epsilon": 3.0, "noise_multiplier": -2.0, "delta": 1e-3}, "E-MECHANISM"),
+        ({"epsilon": 3.0, "noise_multiplier": 2.0}, "E-POLICY"),
+        ({"epsilon": 3.0, "delta": 1e-3}, "E-POLICY"),
+        ({"epsilon": 3.0, "noise_multiplier": 2.0, "delta": 1.0}, "E-APPROVAL"),
+        ({"epsilon": 3.0, "noise_multiplier": 2.0, "delta": 0.0}, "E-APPROVAL"),
+        ({"epsilon": 3.0, "noise_multiplier": 0.0, "delta": 1e-3}, "E-POLICY"),
+        ({"epsilon": 3.0, "noise_multiplier": -2.0, "delta": 1e-3}, "E-POLICY"),
     ],
     ids=str,
 )
@@ -128,7 +142,7 @@ def test_an_adapter_of_another_size_is_refused_before_any_record_is_read(make_jo
     trainer, records = trainer_of(job), Records()
     adapter = np.zeros(trainer.layout.size + 1, dtype=np.float32)
     with pytest.raises(CotuneError):
-        Site("site-1", records, None).train(plan_of(job, adapter, trainer), adapter, trainer, lambda _step: None)
+        site_of(job, records).train(plan_of(job, adapter, trainer), adapter, trainer, lambda _step: None)
     assert not records.asked
 
 
@@ -140,7 +154,7 @@ def test_a_trainer_made_for_another_job_is_refused_or_takes_no_more_steps_than_a
     trainer = trainer_of(job.replace(train={"local_steps": 5}))
     adapter, steps = start(trainer), []
     try:
-        update = Site("site-1", Records(), None).train(plan_of(job, adapter, trainer), adapter, trainer, steps.append)
+        update = site_of(job).train(plan_of(job, adapter, trainer), adapter, trainer, steps.append)
     except CotuneError:
         return
     assert len(steps) == update.header.event["steps"]
@@ -151,8 +165,8 @@ def test_a_delta_that_lets_one_of_this_sites_records_leak_whole_is_refused_untra
     trainer = trainer_of(job)
     adapter = start(trainer)
     with pytest.raises(CotuneError) as caught:
-        Site("site-1", Records(34), None).train(plan_of(job, adapter, trainer), adapter, trainer, steps.append)
-    assert (caught.value.code, caught.value.exit_code) == ("E-DELTA", 6)
+        site_of(job, Records(34)).train(plan_of(job, adapter, trainer), adapter, trainer, steps.append)
+    assert (caught.value.code, caught.value.exit_code) == ("E-SITE-DATA", 6)
     assert "34" not in caught.value.message, "the number of records is not public"
     assert steps == []
     assert train(job, Records(33)).delta.any()
@@ -162,14 +176,15 @@ def test_a_site_without_records_is_an_error_and_no_update(make_job: Any) -> None
     for privacy in (PRIVATE, {"level": "none"}):
         with pytest.raises(CotuneError) as caught:
             train(make_job(privacy=privacy), Records(0))
-        assert caught.value.code == "E-DATA-SITE-EMPTY"
+        assert caught.value.code == "E-SITE-DATA"
 
 
 def test_what_leaves_is_the_noised_update_and_public_facts_alone(make_job: Any) -> None:
     job = make_job(privacy=PRIVATE)
     update = train(job)
     header = update.header.model_dump()
-    assert set(header) == {"site", "round", "job_sha256", "base_sha256", "update_sha256", "event"}
+    named = {"site", "round", "job_sha256", "base_sha256", "update_sha256", "event", "head", "witnessed"}
+    assert {name for name, value in header.items() if value is not None} == named
     assert set(vars(update)) == {"header", "delta"}
     assert (header["site"], header["round"], header["job_sha256"]) == ("site-1", 1, job.sha256())
     assert header["update_sha256"] == flat_sha256(update.delta)
@@ -189,6 +204,7 @@ def test_the_header_is_the_same_whatever_the_records_are(make_job: Any) -> None:
     headers = [train(job, Records(count)).header.model_dump() for count in (1, 20)]
     for header in headers:
         header.pop("update_sha256")
+        assert header.pop("head")["seq"] == headers[0].get("head", {"seq": 4})["seq"]
     assert headers[0] == headers[1]
 
 
@@ -196,7 +212,7 @@ def test_the_update_is_the_new_adapter_minus_the_one_that_came(make_job: Any) ->
     job = make_job(privacy={"level": "none"})
     trainer = trainer_of(job)
     adapter = start(trainer)
-    update = Site("site-1", Records(), None).train(plan_of(job, adapter, trainer), adapter, trainer, lambda _step: None)
+    update = site_of(job).train(plan_of(job, adapter, trainer), adapter, trainer, lambda _step: None)
     after = trainer.layout.flatten(read(trainer.network.adapted))
     np.testing.assert_array_equal(update.delta, after - adapter)
     assert update.norm == pytest.approx(float(np.linalg.norm(update.delta)), rel=1e-6)
@@ -212,10 +228,7 @@ def test_nothing_of_who_used_the_network_before_reaches_the_update(make_job: Any
         {n: random.normal(size=a.shape).astype(np.float32) for n, a in read(used.network.adapted).items()},
     )
     adapter = start(clean)
-    updates = [
-        Site("site-1", Records(), None).train(plan_of(job, adapter, t), adapter, t, lambda _step: None)
-        for t in (clean, used)
-    ]
+    updates = [site_of(job).train(plan_of(job, adapter, t), adapter, t, lambda _step: None) for t in (clean, used)]
     np.testing.assert_array_equal(updates[0].delta, updates[1].delta)
 
 
@@ -232,7 +245,7 @@ def test_test_noise_is_the_same_for_the_same_plan_and_differs_by_round_and_site(
     assert not np.array_equal(first, later)
     trainer = trainer_of(job)
     adapter = start(trainer)
-    elsewhere = Site("site-2", Records(), None).train(
+    elsewhere = site_of(job, name="site-2").train(
         plan_of(job, adapter, trainer, site="site-2"), adapter, trainer, lambda _step: None
     )
     assert not np.array_equal(first, elsewhere.delta)
@@ -248,4 +261,89 @@ def test_what_is_kept_between_rounds_is_readable_by_the_site_alone(make_job: Any
 
 
 def test_a_site_does_not_show_its_data(make_job: Any) -> None:
-    assert "Records" not in repr(Site("site-1", Records(), None))
+    assert "Records" not in repr(site_of(make_job(privacy=PRIVATE)))
+
+
+def test_the_charge_is_in_the_ledger_before_a_record_is_drawn_and_the_update_after(make_job: Any) -> None:
+    job = make_job(privacy=PRIVATE)
+    trainer = trainer_of(job)
+    adapter, site = start(trainer), site_of(job)
+    seen: list[list[str]] = []
+    update = site.train(
+        plan_of(job, adapter, trainer), adapter, trainer,
+        lambda _step: seen.append([entry.action for entry in site.guard.home.ledger.entries]),
+    )  # fmt: skip
+    assert all(actions[-1] == "budget.reserve" for actions in seen)
+    reserve, commit = site.guard.home.ledger.entries[-2:]
+    assert (reserve.action, commit.action) == ("budget.reserve", "budget.commit")
+    assert reserve.fields["event"] == update.header.event
+    assert commit.fields["update_sha256"] == update.header.update_sha256
+    assert update.header.head == site.guard.home.ledger.head
+
+
+def test_a_round_that_is_asked_for_again_gives_the_same_bytes_and_costs_nothing(make_job: Any) -> None:
+    job = make_job(privacy=PRIVATE)
+    trainer, records = trainer_of(job), Records()
+    adapter, site = start(trainer), site_of(job, records)
+    plan = plan_of(job, adapter, trainer)
+    first = site.train(plan, adapter, trainer, lambda _step: None)
+    records.asked = False
+    spent = len(site.guard.home.ledger.entries)
+    again = Site(Guard(SiteHome.open(site.guard.home.path)), records, None).train(plan, adapter, trainer, print)
+    assert again.delta.tobytes() == first.delta.tobytes()
+    assert again.header == first.header
+    assert not records.asked
+    assert len(SiteHome.open(site.guard.home.path).ledger.entries) == spent
+    other = adapter + 1
+    with pytest.raises(CotuneError) as caught:
+        site.train(plan_of(job, other, trainer), other, trainer, print)
+    assert (caught.value.code, caught.value.exit_code) == ("E-ROUND-BASE", 6)
+
+
+def test_training_that_died_stays_charged_and_is_charged_again_once(make_job: Any) -> None:
+    job = make_job(privacy={**PRIVATE, "epsilon": 6.0})
+    trainer = trainer_of(job)
+    adapter, site = start(trainer), site_of(job)
+    plan = plan_of(job, adapter, trainer)
+
+    def die(_step: int) -> None:
+        raise MemoryError
+
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            site.train(plan, adapter, trainer, die)
+    with pytest.raises(CotuneError) as caught:
+        site.train(plan, adapter, trainer, print)
+    assert caught.value.code == "E-ROUND-LOST"
+    actions = [entry.action for entry in SiteHome.open(site.guard.home.path).ledger.entries]
+    assert actions.count("budget.reserve") == 2
+    assert "budget.commit" not in actions
+
+
+def test_a_ledger_set_back_to_an_older_copy_refuses_to_train(make_job: Any) -> None:
+    """Both files of an old backup fit each other; only the head that others hold tells."""
+    job = make_job(privacy=PRIVATE)
+    trainer, records = trainer_of(job), Records()
+    adapter, site = start(trainer), site_of(job, records)
+    path = site.guard.home.path
+    old = {name: (path / name).read_bytes() for name in ("ledger.jsonl", "head.json")}
+    update = site.train(plan_of(job, adapter, trainer), adapter, trainer, lambda _step: None)
+    for name, content in old.items():
+        (path / name).write_bytes(content)
+    records.asked = False
+    restored = Site(Guard(SiteHome.open(path)), records, None)
+    with pytest.raises(CotuneError) as caught:
+        plan = plan_of(job, adapter, trainer, round=2, heads=(update.header.head,))
+        restored.train(plan, adapter, trainer, lambda _step: None)
+    assert caught.value.code == "E-LEDGER-BEHIND"
+    assert not records.asked
+
+
+def test_noised_metrics_and_the_moving_norm_leave_only_when_asked_for(make_job: Any) -> None:
+    plain = train(make_job(privacy=PRIVATE)).header
+    assert (plain.train_loss, plain.clipping_norm) == (None, None)
+    asked = make_job(privacy={**PRIVATE, "metrics": "noised", "clipping": "adaptive"})
+    header = train(asked).header
+    assert header.train_loss is not None
+    assert header.clipping_norm not in (None, asked.privacy.clipping_norm)
+    assert header.event == plain.event

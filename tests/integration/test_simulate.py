@@ -26,7 +26,7 @@ from cotune.shared.model import locate
 from cotune.shared.privacy.claim import claim_id
 from cotune.shared.runs import RunFolder
 from cotune.simulations.federation import InlineFleet
-from cotune.simulations.scenario import prepare_run, work_folder
+from cotune.simulations.scenario import begin, prepare_run, work_folder
 
 WORDS = ("fever", "heart", "eye", "bone", "tooth", "pain", "chronic", "acute", "left", "right", "upper")
 SIGNS = {"cardio": "heart blood", "derma": "skin rash", "pulmo": "lung cough"}
@@ -97,6 +97,7 @@ def only_run(home: Path) -> RunFolder:
 def train(job: Path, *overrides: str) -> dict[str, bytes]:
     """All rounds of a job without its publication; the bytes of the result by tensor."""
     run = prepare_run(str(job), overrides, job.parent / "trained", lambda _line: None)
+    begin(run)
     resolved = run.job()
     layout, config = layout_of(resolved, locate(resolved))
     outcome = Coordinator(run, layout, config, GlobalEvaluator(resolved)).run(InlineFleet(run))
@@ -134,6 +135,7 @@ def test_a_run_leaves_the_documented_folder_and_nothing_else(finished: tuple[Run
         "privacy/statement.txt", "report/index.html", "env/hardware.json", "env/lock.txt",
     }  # fmt: skip
     checkpoint = {"adapter_config.json", "adapter_model.safetensors", "README.md", "progress.json"}
+    documented |= {"privacy/heads.json", *(f"privacy/ledgers/site-{n}.jsonl" for n in (1, 2, 3))}
     documented |= {f"checkpoints/round-{n:05d}/{name}" for n in (1, 2) for name in checkpoint}
     assert {str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file()} == documented
     assert run.state()["status"] == "succeeded"
@@ -159,7 +161,7 @@ def test_a_finished_run_verifies_also_after_its_report_was_written_again(copied:
     assert tell("report", copied.path)[0] == 0
     code, out, err = tell("verify", copied.path)
     assert (code, err) == (0, "")
-    assert out.count("ok  ") == 9
+    assert out.count("ok  ") == 10
     code, out, _ = tell("verify", copied.path, "--json")
     assert all(check["passed"] for check in json.loads(out)["data"]["checks"])
 
@@ -184,7 +186,8 @@ def test_bytes_on_the_wire_add_up_and_are_near_the_plan(finished: tuple[RunFolde
     for way in ("bytes_up", "bytes_down"):
         by_site = [row[way] for row in metrics if row.get("site")]
         assert sum(by_site) == summary[way] == sum(site[way] for site in summary["sites"])
-        assert by_site == pytest.approx([plan[way]] * len(by_site), rel=0.25)
+        last = [row[way] for row in metrics if row.get("site") and row["round"] == 2]  # the first carries no heads
+        assert last == pytest.approx([plan[way]] * len(last), rel=0.25)
 
 
 def test_the_report_is_one_page_that_loads_nothing(finished: tuple[RunFolder, Told]) -> None:
@@ -378,6 +381,28 @@ def nothing_unprotected(run: RunFolder) -> None:
     claim_made_again(run, lambda claim: claim.update(unprotected=[]))
 
 
+def an_edited_ledger(run: RunFolder) -> None:
+    path = run.ledger("site-2")
+    path.write_bytes(path.read_bytes().replace(b'"steps": 2', b'"steps": 1', 1))
+
+
+def a_ledger_without_its_end(run: RunFolder) -> None:
+    path = run.ledger("site-2")
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+
+
+def a_ledger_less(run: RunFolder) -> None:
+    run.ledger("site-1").unlink()
+
+
+def the_ledger_of_another_site(run: RunFolder) -> None:
+    run.ledger("site-1").write_bytes(run.ledger("site-2").read_bytes())
+
+
+def a_head_of_a_younger_ledger(run: RunFolder) -> None:
+    claim_made_again(run, lambda claim: claim["sites"][0]["ledger_head"].update(seq=1))
+
+
 CHEATS: dict[Callable[[RunFolder], None], str] = {
     smaller_epsilon: "claim",
     smaller_epsilon_everywhere: "epsilon",
@@ -387,10 +412,15 @@ CHEATS: dict[Callable[[RunFolder], None], str] = {
     other_weights: "released adapter",
     other_weights_claimed: "reloaded loss",
     an_event_less: "events",
-    a_site_less: "epsilon",
+    a_site_less: "events",
     more_noise_in_the_events: "events",
     another_job: "job",
     nothing_unprotected: "claim",
+    an_edited_ledger: "ledgers",
+    a_ledger_without_its_end: "ledgers",
+    a_ledger_less: "ledgers",
+    the_ledger_of_another_site: "ledgers",
+    a_head_of_a_younger_ledger: "ledgers",
 }
 
 

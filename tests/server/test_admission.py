@@ -5,11 +5,15 @@ import pytest
 
 from cotune.server.admission import reason_to_reject
 from cotune.shared.adapter import flat_sha256
+from cotune.shared.chain import SignedHead
 from cotune.shared.plan import RoundPlan, cotune_version
 from cotune.shared.privacy.mechanism import mechanism_of
 from cotune.shared.update import AdapterUpdate, UpdateHeader
 
 SIZE = 6
+HEAD = SignedHead(
+    site="site-1", seq=1, sha256="0" * 64, public_key="ssh-ed25519 " + "A" * 68, signature="the witness checks it"
+)
 GOOD = np.linspace(-1, 1, SIZE, dtype=np.float32)
 
 
@@ -22,6 +26,7 @@ def plan(make_job) -> RoundPlan:
         site="site-1",
         round=2,
         base_sha256="b" * 64,
+        clipping_norm=1.0,
         frozen_sha256="f" * 64,
     )
 
@@ -34,6 +39,7 @@ def answer(plan: RoundPlan, delta: np.ndarray = GOOD, **changes: object) -> Adap
         "base_sha256": plan.base_sha256,
         "update_sha256": flat_sha256(delta) if delta.dtype.kind == "f" else "0" * 64,
         "event": mechanism_of(plan.job).event(plan.job.train.local_steps).to_dict(),
+        "head": HEAD,
         **changes,
     }
     return AdapterUpdate(UpdateHeader.model_validate(header), delta)

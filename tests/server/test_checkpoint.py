@@ -33,7 +33,7 @@ def small_disk(mount_disk: Callable[[int], Path]) -> Path:
 def progress(number: int, size: int = 8) -> Progress:
     values = np.random.default_rng(number).standard_normal((2, size)).astype(np.float32)
     arrays = {"a.lora_A.weight": values, "a.lora_B.weight": values.T.copy()}
-    return Progress(number, arrays, {"site-1": (10 * number, 20 * number), "site-2": (1, 2)})
+    return Progress(number, arrays, number / 7, {"site-1": (10 * number, 20 * number), "site-2": (1, 2)})
 
 
 def same(one: Progress | None, other: Progress) -> bool:
@@ -128,7 +128,7 @@ def test_a_round_whose_checkpoint_was_damaged_can_be_taken_and_saved_again(run: 
     save_checkpoint(run, progress(1), CONFIG)
     save_checkpoint(run, progress(2), CONFIG)
     damage(run.checkpoints / "round-00002", "one bit")
-    again = Progress(2, progress(7).arrays, {})
+    again = Progress(2, progress(7).arrays, 1.0, {})
     save_checkpoint(run, again, CONFIG)
     assert same(load_checkpoint(run), again)
 

@@ -12,10 +12,11 @@ from cotune.server.conduct import conduct
 from cotune.server.coordinator import Coordinator, Outcome
 from cotune.server.evaluation import GlobalEvaluator
 from cotune.shared.adapter import Vector, flat_sha256
+from cotune.shared.chain import SignedHead
 from cotune.shared.errors import CotuneError, RunFailed, StorageError
 from cotune.shared.methods import layout_of
 from cotune.shared.model import locate
-from cotune.shared.plan import RoundPlan
+from cotune.shared.plan import LedgerRequest, RoundPlan
 from cotune.shared.planning import resolve
 from cotune.shared.privacy.mechanism import mechanism_of
 from cotune.shared.runs import RunFolder, create_run
@@ -25,6 +26,13 @@ Answerer = Callable[[RoundPlan, Vector], Answer | list[Answer]]
 NAMES = ("site-1", "site-2", "site-3")
 ROUNDS = 2
 EXPECTED: dict[str, dict[str, bytes]] = {}  # results of honest sites, which do not depend on the test
+SIGN: list[Callable[[str, int], SignedHead]] = []
+
+
+@pytest.fixture(autouse=True)
+def _sign(sign_head: Callable[[str, int], SignedHead]) -> None:
+    """How sites sign, for the functions below that are no tests."""
+    SIGN[:] = [sign_head]
 
 
 def honest(plan: RoundPlan, adapter: Vector, delta: Vector | None = None, **changes: object) -> AdapterUpdate:
@@ -39,6 +47,7 @@ def honest(plan: RoundPlan, adapter: Vector, delta: Vector | None = None, **chan
         "base_sha256": plan.base_sha256,
         "update_sha256": flat_sha256(delta) if delta.dtype.kind == "f" else "0" * 64,
         "event": mechanism_of(plan.job).event(plan.job.train.local_steps).to_dict(),
+        "head": SIGN[0](plan.site, plan.round),
         **changes,
     }
     return AdapterUpdate(UpdateHeader.model_validate(header), delta)
@@ -61,6 +70,10 @@ class Sites:
             self.asked.append(by_site[site])
             answers = self.answers[site](by_site[site], adapter.copy())
             yield from answers if isinstance(answers, list) else [answers]
+
+    def ledgers(self, requests: Sequence[LedgerRequest]) -> Iterator[tuple[str, bytes]]:
+        for request in requests:
+            yield request.site, b"a ledger of " + request.site.encode()
 
 
 @pytest.fixture

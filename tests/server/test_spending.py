@@ -11,6 +11,7 @@ from cotune.server.spending import Spending
 from cotune.shared.errors import StorageError
 from cotune.shared.job import Job
 from cotune.shared.privacy.accounting import epsilon
+from cotune.shared.privacy.claim import charged
 from cotune.shared.privacy.mechanism import mechanism_of
 from cotune.shared.runs import RunFolder
 
@@ -55,6 +56,16 @@ def test_epsilon_is_that_of_the_events_of_the_site_alone(run: RunFolder, job: Jo
     expected = epsilon([mechanism_of(job).event(2 * job.train.local_steps)], 1e-3)
     assert spending.epsilon("site-1") == pytest.approx(expected, abs=1e-9)
     assert 0 < spending.epsilon("site-2") < spending.epsilon("site-1")
+
+
+def test_what_a_site_refused_stays_written_down_and_costs_nothing(run: RunFolder, job: Job) -> None:
+    spending = Spending(run, job)
+    spending.reserve(1, SITES)
+    spending.refused(1, "site-2")
+    assert on_disk(run)["site-2"][0]["refused"] is True
+    assert spending.epsilon("site-2") == 0.0
+    assert Spending(run, job).epsilon("site-1") == spending.epsilon("site-1") > 0
+    assert list(charged(on_disk(run))) == ["site-1"]
 
 
 def test_a_run_that_is_not_private_has_no_epsilon(run: RunFolder, make_job) -> None:

@@ -8,20 +8,28 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from cotune.shared.adapter import Vector
-from cotune.shared.plan import RoundPlan
+from cotune.shared.plan import LedgerRequest, RoundPlan
 from cotune.shared.update import Answer
-from cotune.shared.wire import answer_to_records, plan_from_records
+from cotune.shared.wire import answer_to_records, ledger_to_records, plan_from_records, request_from_records
 
 Answerer = Callable[[RoundPlan, Vector], Answer]
+LedgerReader = Callable[[LedgerRequest], bytes]
 
 
-def client_app(answer: Answerer) -> ClientApp:
-    """A ClientApp that hands every plan to `answer`, which must not raise, and carries its answer back."""
+def client_app(answer: Answerer, read_ledger: LedgerReader) -> ClientApp:
+    """A ClientApp that hands every plan to `answer`, which must not raise, and carries its answer back.
+
+    A request for the site's ledger goes to `read_ledger`.
+    """
     app = ClientApp()
 
     @app.train()
     def train(message: Message, _context: Context) -> Message:  # pyright: ignore[reportUnusedFunction]
         plan, adapter = plan_from_records(message.content)
         return Message(answer_to_records(answer(plan, adapter)), reply_to=message)
+
+    @app.query()
+    def query(message: Message, _context: Context) -> Message:  # pyright: ignore[reportUnusedFunction]
+        return Message(ledger_to_records(read_ledger(request_from_records(message.content))), reply_to=message)
 
     return app

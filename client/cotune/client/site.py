@@ -9,25 +9,27 @@ from typing import Protocol
 
 import torch
 
+from cotune.client.data import SiteExamples
+from cotune.client.guard import Guard
+from cotune.client.policy import DatasetPolicy
 from cotune.client.randomness import RandomStream, reproducible_stream, secure_stream
 from cotune.client.training import Trainer
 from cotune.shared.adapter import Vector, fingerprint, flat_sha256
-from cotune.shared.errors import DataError, PrivacyError, RefusedError
-from cotune.shared.examples import Example
+from cotune.shared.errors import RefusedError
 from cotune.shared.features import Features
 from cotune.shared.job import Job
 from cotune.shared.methods import initial_values, read, write
 from cotune.shared.plan import RoundPlan, cotune_version
-from cotune.shared.privacy.accounting import MIN_NOISE_MULTIPLIER, epsilon
-from cotune.shared.privacy.mechanism import mechanism_of
+from cotune.shared.privacy.accounting import epsilon
+from cotune.shared.privacy.mechanism import Mechanism, mechanism_of
 from cotune.shared.update import AdapterUpdate, UpdateHeader
 
 
 class SiteData(Protocol):
     """Where a site's examples come from."""
 
-    def examples(self, job: Job, site: str) -> list[Example]:
-        """The site's records as examples."""
+    def load(self, job: Job, site: str, dataset: DatasetPolicy) -> SiteExamples:
+        """The site's records as examples with their units."""
         ...
 
 
@@ -36,41 +38,70 @@ class Site:
     """A site in a simulation or behind its agent.
 
     Attributes:
-        name: Its public name.
-        data: Where its examples come from; asked only after the plan was checked.
+        guard: The site's own say: policy, budget, ledger.
+        data: Where its examples come from; asked only after the guard let the plan in.
         work: A private folder for what is kept between rounds; None keeps it in memory for the round.
     """
 
-    name: str
+    guard: Guard
     data: SiteData
     work: Path | None
+
+    @property
+    def name(self) -> str:
+        """The site's public name."""
+        return self.guard.name
 
     def train(
         self, plan: RoundPlan, adapter: Vector, trainer: Trainer, progress: Callable[[int], None]
     ) -> AdapterUpdate:
         """Train one round and release the noised update.
 
-        Guarantee: what is returned is a function of `Trainer.train_round`'s adapter and the plan; its cost
-        for each record of this site, add-or-remove-one, is the event in the header and nothing more.
+        Guarantee: what is returned is a function of what `Trainer.train_round` gives away and of the plan; its
+        cost for each unit of this site, by the mechanism's adjacency, is the event in the header and nothing
+        more. That event is in the ledger, durably, before the first example is drawn, and stays there
+        whatever happens next. An update is written down before it is sent; asked for the same round again,
+        the site returns the very same bytes, which costs nothing.
 
-        Edge cases: a plan that asks for more than the job's own epsilon over all rounds, or that starts from
-        another model than it says, is refused before any record is read; a delta that lets one of this
-        site's records leak whole, before training; a site without records is an error, not an update.
+        Edge cases: a plan that does not hold together, costs more than the job promises, or breaks a rule or
+        the budget of the site is refused before any record is read; records the site's own check does not
+        pass, before training, in words that tell outsiders nothing of them; a round that was reserved and
+        lost in a crash is charged again, once, and then refused.
 
         Raises:
-            RefusedError: The plan does not hold together, or asks for too much.
-            DataError: The site has no valid record.
+            RefusedError: The plan, the policy or the budget says no; the rule is named.
+            StorageError: The ledger cannot be written, or is older than what this site has signed.
         """
         job = plan.job
         self._check(plan, adapter, trainer)
-        examples = self.data.examples(job, self.name)
-        self._check_records(len(examples), job)
+        dataset = self.guard.admit(plan, trainer.model_sha256)
+        self._check_promise(job)
+        kept = self.guard.kept(plan)
+        if kept is not None:
+            return kept
+        with self.guard.data_errors(plan):
+            data = self.data.load(job, self.name, dataset)
+        self.guard.check_records(plan, dataset, rows=len(data.examples), units=data.units)
+        mechanism = mechanism_of(job, plan.clipping_norm)
+        self.guard.reserve(plan, dataset, mechanism.event(job.train.local_steps))
+        return self.guard.release(plan, self._train(plan, adapter, trainer, data, mechanism, progress))
+
+    def _train(
+        self,
+        plan: RoundPlan,
+        adapter: Vector,
+        trainer: Trainer,
+        data: SiteExamples,
+        mechanism: Mechanism,
+        progress: Callable[[int], None],
+    ) -> AdapterUpdate:
+        """The update of a round that has been charged."""
+        job = plan.job
         torch.set_num_threads(job.simulation.threads if job.simulation.threads != "auto" else 1)
-        mechanism = mechanism_of(job)
         frozen = initial_values(trainer.layout, job.run.seed)
         write(trainer.network.adapted, {**frozen, **trainer.layout.unflatten(adapter)})
-        features = Features(trainer.network, examples, self.work)
-        trainer.train_round(plan.round, examples, features, mechanism, self._stream(plan), progress)
+        features = Features(trainer.network, data.examples, self.work)
+        result = trainer.train_round(plan.round, data, features, mechanism, self._stream(plan), progress)
         delta = trainer.layout.flatten(read(trainer.network.adapted)) - adapter
         header = UpdateHeader(
             site=self.name,
@@ -79,6 +110,9 @@ class Site:
             base_sha256=plan.base_sha256,
             update_sha256=flat_sha256(delta),
             event=mechanism.event(job.train.local_steps).to_dict(),
+            head=self.guard.home.ledger.head,
+            clipping_norm=result.clipping_norm,
+            train_loss=result.loss,
         )
         return AdapterUpdate(header, delta)
 
@@ -104,37 +138,17 @@ class Site:
                 raise RefusedError("E-PLAN", f"{self.name}: the plan's {what} is {said}, here it is {found}")
         if not 1 <= plan.round <= plan.job.run.rounds:
             raise RefusedError("E-PLAN", f"{self.name}: round {plan.round} is outside the job's {plan.job.run.rounds}")
-        if plan.job.privacy.level != "none":
-            self._check_budget(plan.job)
+        if plan.job.privacy.clipping != "adaptive" and plan.clipping_norm != plan.job.privacy.clipping_norm:
+            raise RefusedError("E-PLAN", f"{self.name}: the plan's clipping norm is not the job's")
 
-    def _check_budget(self, job: Job) -> None:
-        delta = job.privacy.delta
-        if delta == "auto":
-            raise PrivacyError("E-UNRESOLVED", "privacy.delta is still `auto`: resolve the job first")
-        mechanism = mechanism_of(job)
-        if mechanism.noise_multiplier < MIN_NOISE_MULTIPLIER:
-            raise RefusedError(
-                "E-BUDGET",
-                f"{self.name}: noise multiplier {mechanism.noise_multiplier:g} is below {MIN_NOISE_MULTIPLIER:g},"
-                " which no budget allows",
-                param="privacy.noise_multiplier",
-            )
-        cost = epsilon([mechanism.event(job.steps)], delta)
+    def _check_promise(self, job: Job) -> None:
+        """A job may not cost more than the epsilon it promises a unit, at all the sites the unit may be at."""
+        if job.privacy.level == "none" or job.privacy.delta == "auto":
+            return  # a policy lets neither pass, but for simulations that promise nothing
+        cost = epsilon([mechanism_of(job).event(job.steps * job.data.sites_per_unit)], job.privacy.delta)
         if cost > job.privacy.epsilon:
             raise RefusedError(
                 "E-BUDGET",
                 f"{self.name}: this job costs epsilon {cost:.3f}, more than the {job.privacy.epsilon:g} it promises",
                 param="privacy.noise_multiplier",
-            )
-
-    def _check_records(self, count: int, job: Job) -> None:
-        if count == 0:
-            raise DataError("E-DATA-SITE-EMPTY", f"{self.name}: no valid record", hint="cotune data check FILE")
-        if job.privacy.level != "none" and job.privacy.delta != "auto" and job.privacy.delta * count >= 1:
-            raise RefusedError(
-                "E-DELTA",
-                f"{self.name}: privacy.delta = {job.privacy.delta:g} is not below 1 over this site's number of"
-                " records: one record could leak whole",
-                param="privacy.delta",
-                hint="raise data.records_per_site to what the largest site holds, or lower privacy.delta",
             )

@@ -27,11 +27,13 @@ class Progress:
     Attributes:
         round: The last finished round; 0 before the first.
         arrays: The whole global adapter by PEFT name.
+        clipping_norm: Where adaptive clipping has got to; the job's own norm otherwise.
         traffic: Bytes so far: site -> (up, down).
     """
 
     round: int
     arrays: Mapping[str, Vector]
+    clipping_norm: float
     traffic: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -57,6 +59,7 @@ def save_checkpoint(run: RunFolder, progress: Progress, config: Mapping[str, Any
                 {
                     "round": progress.round,
                     "sha256": fingerprint(progress.arrays),
+                    "clipping_norm": progress.clipping_norm,
                     "traffic": dict(progress.traffic),
                 },
             )
@@ -91,6 +94,6 @@ def _read(folder: Path) -> Progress:
         if fingerprint(arrays) != state["sha256"]:
             raise ValueError("hash")
         traffic = {site: (up, down) for site, (up, down) in state["traffic"].items()}
-        return Progress(int(state["round"]), arrays, traffic)
+        return Progress(int(state["round"]), arrays, float(state["clipping_norm"]), traffic)
     except Exception as error:  # noqa: BLE001 - whatever is wrong with it, it is not a checkpoint
         raise StorageError("E-CHECKPOINT", f"{folder.name} is damaged ({type(error).__name__})") from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 from cotune.server.coordinator import Coordinator, Fleet
 from cotune.server.evaluation import GlobalEvaluator
 from cotune.server.publish import publish
@@ -32,6 +34,7 @@ def _conduct(run: RunFolder, fleet: Fleet, engine: str) -> None:
         evaluator = GlobalEvaluator(job)
         outcome = Coordinator(run, layout, config, evaluator).run(fleet)
         publish(run, outcome, evaluator, layout, config, base, engine)
+        shutil.rmtree(run.sites, ignore_errors=True)  # simulated sites end with their run, and so do their keys
     except KeyboardInterrupt:
         run.set_state("cancelled", int(run.state()["round"]))
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,11 +13,13 @@ from cotune.server.aggregation.mean import AGGREGATORS
 from cotune.server.checkpoint import Progress, load_checkpoint, save_checkpoint
 from cotune.server.evaluation import GlobalEvaluator
 from cotune.server.spending import Spending
+from cotune.server.witness import Witness
 from cotune.shared.adapter import Layout, Vector, fingerprint, flat_sha256
-from cotune.shared.errors import RunFailed, ended
+from cotune.shared.errors import RefusedError, RunFailed, ended
+from cotune.shared.files import storage_errors, write_atomic
 from cotune.shared.job import Job
 from cotune.shared.methods import initial_values
-from cotune.shared.plan import RoundPlan, cotune_version
+from cotune.shared.plan import LedgerRequest, RoundPlan, cotune_version
 from cotune.shared.runs import RunFolder
 from cotune.shared.update import AdapterUpdate, Answer, SiteFailure
 
@@ -33,6 +36,10 @@ class Fleet(Protocol):
 
     def ask(self, plans: Sequence[RoundPlan], adapter: Vector) -> Iterator[Answer]:
         """Send each site its plan; yield answers as they come, at most one a site."""
+        ...
+
+    def ledgers(self, requests: Sequence[LedgerRequest]) -> Iterator[tuple[str, bytes]]:
+        """Ask sites for their ledgers; yield those that come, by site."""
         ...
 
 
@@ -57,6 +64,7 @@ class Coordinator:
         self._config = config
         self._evaluator = evaluator
         self._spending = Spending(run, self._job)
+        self._witness = Witness(run.privacy / "heads.json")
         self._initial = initial_values(layout, self._job.run.seed)
         self._frozen_sha256 = fingerprint(self._initial)
 
@@ -72,7 +80,7 @@ class Coordinator:
             StorageError: A checkpoint could not be written; earlier ones are whole.
         """
         started = time.monotonic()
-        progress = load_checkpoint(self._run) or Progress(0, self._initial)
+        progress = load_checkpoint(self._run) or Progress(0, self._initial, self._job.privacy.clipping_norm)
         base = self._score(0, self._initial, full=True)
         left = self._spending.rounds_left(progress.round)
         for number in left:
@@ -84,24 +92,29 @@ class Coordinator:
         if not progress.round:
             raise RunFailed("E-NO-ROUND", "no round is left to take: interruptions have spent the whole budget")
         final = self._score(progress.round, progress.arrays, full=True)
+        self._collect_ledgers(fleet)
         return Outcome(progress.arrays, base, final, progress.traffic, time.monotonic() - started)
 
     def _round(self, number: int, progress: Progress, fleet: Fleet) -> Progress:
         started = time.monotonic()
         flat = self._layout.flatten(progress.arrays)
-        plans = {site: self._plan(site, number, flat) for site in fleet.sites()}
+        plans = self._plans(fleet.sites(), progress, flat)
         self._spending.reserve(number, plans)
         aggregate = AGGREGATORS[self._job.federation.aggregation]()
         traffic = dict(progress.traffic)
+        norms: list[float] = []
         refusals: list[SiteFailure] = []
         seen: set[str] = set()
         for answer in fleet.ask(list(plans.values()), flat):
             if isinstance(answer, SiteFailure):
                 refusals.append(answer)
+                if answer.exit_code == RefusedError.exit_code:
+                    self._spending.refused(number, answer.site)
                 self._run.emit("site", f"{answer.site}: {answer.message}", "warn", failure=answer.model_dump())
             elif self._admit(answer, plans, number, seen):
                 site = answer.header.site
                 aggregate.add(site, answer.delta)
+                norms += [answer.header.clipping_norm] if answer.header.clipping_norm else []
                 down = int(flat.nbytes) + len(plans[site].model_dump_json())
                 traffic[site] = _plus(traffic.get(site, (0, 0)), (answer.bytes, down))
                 self._record_site(number, answer, down, time.monotonic() - started)
@@ -109,18 +122,34 @@ class Coordinator:
         self._require(admitted, refusals, number)
         arrays = {**progress.arrays, **self._layout.unflatten(flat + aggregate.result())}
         self._run.emit("round", f"round {number}: {admitted} updates joined", round=number, admitted=admitted)
-        return replace(progress, round=number, arrays=arrays, traffic=traffic)
+        norm = _geometric_mean(norms) or progress.clipping_norm
+        return replace(progress, round=number, arrays=arrays, clipping_norm=norm, traffic=traffic)
 
-    def _plan(self, site: str, number: int, flat: Vector) -> RoundPlan:
-        return RoundPlan(
+    def _collect_ledgers(self, fleet: Fleet) -> None:
+        """Keep the ledger of every site that gave an update: what `cotune verify` recomputes epsilon from."""
+        sites = sorted({row["site"] for row in self._run.metrics() if row.get("site")})
+        requests = [LedgerRequest(run_id=self._run.run_id, site=site) for site in sites]
+        for site, ledger in fleet.ledgers(requests):
+            with storage_errors(self._run.ledger(site)):
+                self._run.ledger(site).parent.mkdir(exist_ok=True)
+            write_atomic(self._run.ledger(site), ledger)
+
+    def _plans(self, sites: Sequence[str], progress: Progress, flat: Vector) -> dict[str, RoundPlan]:
+        """What each site is asked in the round after `progress`."""
+        common = RoundPlan(
             run_id=self._run.run_id,
             cotune=cotune_version(),
             job=self._job,
-            site=site,
-            round=number,
+            site=sites[0],
+            round=progress.round + 1,
             base_sha256=flat_sha256(flat),
             frozen_sha256=self._frozen_sha256,
+            clipping_norm=progress.clipping_norm,
         )
+        return {
+            site: common.model_copy(update={"site": site, "heads": self._witness.heads_for(site, sites)})
+            for site in sites
+        }
 
     def _admit(self, update: AdapterUpdate, plans: Mapping[str, RoundPlan], number: int, seen: set[str]) -> bool:
         """Whether an answer counts; the sites whose answer does are collected in `seen`."""
@@ -129,6 +158,7 @@ class Coordinator:
         reason = "nobody asked it" if plan is None else reason_to_reject(update, plan, self._layout.size)
         if site in seen:
             reason = "it has answered already"
+        reason = reason or self._witness.keep(update.header)
         if reason is None:
             seen.add(site)
         else:
@@ -154,6 +184,7 @@ class Coordinator:
             site=update.header.site,
             epsilon=self._spending.epsilon(update.header.site),
             update_norm=update.norm,
+            train_loss=update.header.train_loss,
             bytes_up=update.bytes,
             bytes_down=down,
             seconds=round(seconds, 3),
@@ -181,6 +212,11 @@ class Coordinator:
             seconds=round(time.monotonic() - started, 3),
         )
         return result
+
+
+def _geometric_mean(values: Sequence[float]) -> float | None:
+    """Mean of the sites' clipping norms, in the order that does not matter; None if there are none."""
+    return math.exp(math.fsum(math.log(value) for value in values) / len(values)) if values else None
 
 
 def _plus(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from flwr.app import Message, MessageType
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from cotune.shared.adapter import Vector
 from cotune.shared.errors import TimedOut
-from cotune.shared.plan import RoundPlan
+from cotune.shared.plan import LedgerRequest, RoundPlan
 from cotune.shared.update import Answer, SiteFailure
-from cotune.shared.wire import answer_from_records, plan_to_records
+from cotune.shared.wire import answer_from_records, ledger_from_records, plan_to_records, request_to_records
 
 POLL_S = 0.5
 NODE_TIMEOUT_S = 120.0
@@ -32,13 +32,25 @@ class GridFleet:
 
     def ask(self, plans: Sequence[RoundPlan], adapter: Vector) -> Iterator[Answer]:
         """Send the plans; yield answers as they come. A site that is late or lost is a failure, not a wait."""
+        sent = {plan.site: plan_to_records(plan, adapter) for plan in plans}
+        for site, reply in self._exchange(sent, MessageType.TRAIN):
+            yield reply if isinstance(reply, SiteFailure) else answer_from_records(reply, site)
+
+    def ledgers(self, requests: Sequence[LedgerRequest]) -> Iterator[tuple[str, bytes]]:
+        """Ask sites for their ledgers; yield those that come."""
+        sent = {request.site: request_to_records(request) for request in requests}
+        for site, reply in self._exchange(sent, MessageType.QUERY):
+            ledger = None if isinstance(reply, SiteFailure) else ledger_from_records(reply)
+            if ledger is not None:
+                yield site, ledger
+
+    def _exchange(self, sent: Mapping[str, RecordDict], kind: str) -> Iterator[tuple[str, RecordDict | SiteFailure]]:
+        """One message a site; each site's reply as it comes, or why there is none."""
         nodes = self._nodes()
         messages = [
-            Message(plan_to_records(plan, adapter), nodes[i % len(nodes)], MessageType.TRAIN, ttl=self._timeout)
-            for i, plan in enumerate(plans)
+            Message(records, nodes[i % len(nodes)], kind, ttl=self._timeout) for i, records in enumerate(sent.values())
         ]
-        identifiers = list(self._grid.push_messages(messages))
-        waiting = {identifier: plan.site for identifier, plan in zip(identifiers, plans, strict=True)}
+        waiting = dict(zip(self._grid.push_messages(messages), sent, strict=True))
         deadline = time.monotonic() + self._timeout
         while waiting and time.monotonic() < deadline:
             arrived = [answer for identifier in list(waiting) for answer in self._pull(identifier, waiting)]
@@ -46,18 +58,18 @@ class GridFleet:
             if not arrived:
                 time.sleep(POLL_S)
         for site in waiting.values():
-            yield SiteFailure(
-                site=site, code="E-TIMEOUT", message=f"no answer within {self._timeout:.0f} s", exit_code=3
-            )
+            message = f"no answer within {self._timeout:.0f} s"
+            yield site, SiteFailure(site=site, code="E-TIMEOUT", message=message, exit_code=3)
 
-    def _pull(self, identifier: str, waiting: dict[str, str]) -> Iterator[Answer]:
+    def _pull(self, identifier: str, waiting: dict[str, str]) -> Iterator[tuple[str, RecordDict | SiteFailure]]:
         for reply in self._grid.pull_messages([identifier]):
             site = waiting.pop(identifier)
             if reply.has_error():
                 # Flower's error text may quote a record; only its number is passed on.
-                yield SiteFailure(site=site, code="E-SITE-CRASH", message=f"failed (Flower code {reply.error.code})")
+                message = f"failed (Flower code {reply.error.code})"
+                yield site, SiteFailure(site=site, code="E-SITE-CRASH", message=message)
             else:
-                yield answer_from_records(reply.content, site)
+                yield site, reply.content
 
     def _nodes(self) -> list[int]:
         deadline = time.monotonic() + NODE_TIMEOUT_S

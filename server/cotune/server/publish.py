@@ -17,7 +17,7 @@ from cotune.shared.files import file_sha256, write_atomic, write_json
 from cotune.shared.job import Job
 from cotune.shared.methods import save
 from cotune.shared.model import BaseModel
-from cotune.shared.privacy.claim import ClaimSubject, build_claim, statement_text
+from cotune.shared.privacy.claim import ClaimSubject, build_claim, charged, statement_text
 from cotune.shared.report.card import model_card
 from cotune.shared.report.page import write_report
 from cotune.shared.runs import RunFolder
@@ -47,9 +47,10 @@ def publish(
     run.emit("publish", "saving the adapter and loading it in a fresh process")
     save(run.adapter, outcome.arrays, config, f"# {run.run_id}\n")
     reload_check = _reload(run, evaluator.score(outcome.arrays, RELOAD_ROWS).loss)
-    accounts = json.loads((run.privacy / "accountant.json").read_text(encoding="utf-8"))["sites"]
+    accounts = charged(json.loads((run.privacy / "accountant.json").read_text(encoding="utf-8"))["sites"])
+    heads = json.loads((run.privacy / "heads.json").read_text(encoding="utf-8"))
     files = {f"adapter/{p.name}": file_sha256(p) for p in run.adapter.iterdir() if p.name != "README.md"}
-    claim = build_claim(job, accounts, ClaimSubject(run.run_id, files, reload_check))
+    claim = build_claim(job, accounts, ClaimSubject(run.run_id, files, reload_check, heads))
     write_json(run.privacy / "claim.json", claim)
     write_atomic(run.privacy / "statement.txt", statement_text(claim).encode())
     summary = _summary(run, outcome, claim, layout, base, engine)

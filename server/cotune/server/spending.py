@@ -18,8 +18,9 @@ from cotune.shared.runs import RunFolder
 class Spending:
     """The run's `privacy/accountant.json`: a list of events a site.
 
-    Guarantee: an event is on disk before the site it belongs to is asked for it, and is never removed; so
-    after a crash at any moment the file holds at least what was released.
+    Guarantee: an event is on disk before the site it belongs to is asked for it, and is never removed, only
+    marked where the site itself answered that it refused; so after a crash at any moment the file holds at
+    least what was released.
 
     Edge cases: a round that was interrupted stays spent, and the run then has one round less to take, so
     that no site ever spends more than the plan said.
@@ -39,8 +40,19 @@ class Spending:
         event = mechanism_of(self._job).event(self._job.train.local_steps).to_dict()
         for site in sites:
             self._sites.setdefault(site, []).append({"round": number, "event": event})
+        self._write()
+
+    def refused(self, number: int, site: str) -> None:
+        """Note that a site refused a round: a refusal comes before any record is read, so it released nothing."""
+        entry = self._sites[site][-1]
+        if entry["round"] == number:
+            entry["refused"] = True
+            self._write()
+
+    def _write(self) -> None:
         delta = None if math.isnan(self._delta) else self._delta
-        write_json(self._path, {"schema": 1, "delta": delta, "adjacency": "add-or-remove-one", "sites": self._sites})
+        adjacency = mechanism_of(self._job).adjacency
+        write_json(self._path, {"schema": 1, "delta": delta, "adjacency": adjacency, "sites": self._sites})
 
     def rounds_left(self, finished: int) -> range:
         """Numbers of the rounds still to be taken, after `finished` were checkpointed."""
@@ -58,7 +70,8 @@ class Spending:
 
     def epsilon(self, site: str) -> float | None:
         """Epsilon a site has spent so far; None where nothing is promised."""
-        value = epsilon((event_from_dict(entry["event"]) for entry in self._sites.get(site, [])), self._safe_delta)
+        events = [event_from_dict(e["event"]) for e in self._sites.get(site, []) if "refused" not in e]
+        value = epsilon(events, self._safe_delta)
         return value if math.isfinite(value) else None
 
     @property

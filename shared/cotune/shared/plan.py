@@ -7,12 +7,16 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from cotune.shared.chain import SignedHead
 from cotune.shared.job import Job, Sha256, SiteName
 
 
 def cotune_version() -> str:
     """The version of cotune that is installed here."""
     return version("cotune")
+
+
+RunId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
 class RoundPlan(BaseModel):
@@ -26,14 +30,29 @@ class RoundPlan(BaseModel):
         round: Counted from 1.
         base_sha256: Hash of the flat global adapter that comes with the plan.
         frozen_sha256: Fingerprint of the adapter's initial values, which the site must arrive at too.
+        clipping_norm: Where adaptive clipping has got to; the job's own norm otherwise.
+        heads: Newest signed ledger heads the coordinator knows: this site's own, and some to witness.
+        signature: SSH signature over the job's hash, namespace `cotune-job`; None for an unsigned job.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    run_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    run_id: RunId
     cotune: Annotated[str, Field(default_factory=cotune_version, max_length=40)]
     job: Job
     site: SiteName
     round: int = Field(ge=1)
     base_sha256: Sha256
     frozen_sha256: Sha256
+    clipping_norm: float = Field(gt=0)
+    heads: tuple[SignedHead, ...] = ()
+    signature: str | None = Field(default=None, max_length=2000)
+
+
+class LedgerRequest(BaseModel):
+    """A request, at the end of a run, for a site's ledger: the proof of what the run cost there."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run_id: RunId
+    site: SiteName

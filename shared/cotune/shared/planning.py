@@ -6,18 +6,24 @@ import math
 import os
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from cotune.shared.errors import PrivacyError
 from cotune.shared.job import Job
 from cotune.shared.methods import layout_of
 from cotune.shared.model import BaseModel, load_model
 from cotune.shared.plan import RoundPlan, cotune_version
-from cotune.shared.privacy.accounting import MIN_NOISE_MULTIPLIER, calibrate_noise, epsilon
-from cotune.shared.privacy.mechanism import mechanism_of
+from cotune.shared.privacy.accounting import epsilon
+from cotune.shared.privacy.calibration import calibrate_noise, calibrate_steps
+from cotune.shared.privacy.event import Event
+from cotune.shared.privacy.group import epsilon_group
+from cotune.shared.privacy.mechanism import MIN_NOISE_MULTIPLIER, mechanism_of
 
 RESERVE = 1 - 1e-9
 ACTIVATION_COPIES = 20  # measured: hidden-sized fp32 arrays a layer keeps for its backward pass
+PERSONS = (1, 2, 4, 8)  # records of a person, as shown
+HEAD_BYTES = 540  # a signed ledger head as JSON
+HEADS = 4  # a site's own, and of the three it witnesses
 EFFICIENCY = 0.8  # measured: share of a matrix product's speed that training on batches of 32 short rows reaches
 
 
@@ -57,42 +63,86 @@ def resolve(job: Job) -> Job:
 
 
 def _resolve_privacy(job: Job) -> Job:
-    limit = 1 / job.data.records_per_site
-    delta = 0.1 * limit if job.privacy.delta == "auto" else job.privacy.delta
+    limit = 1 / job.units_per_site
+    delta = 1 / (10 * job.units_per_site) if job.privacy.delta == "auto" else job.privacy.delta
     if not 0 < delta < limit:
         raise PrivacyError(
             "E-DELTA",
-            f"privacy.delta: expected above 0 and below 1 / data.records_per_site = {limit:.3g}, got {delta:g}:"
-            " at that value one record could be published whole",
+            f"privacy.delta: expected above 0 and below 1 over the {job.units_per_site:,} units of a site,"
+            f" {limit:.3g}, got {delta:g}: at that value one of them could be published whole",
             param="privacy.delta",
-            hint='set privacy.delta = "auto" (1 / (10 records_per_site))',
+            hint='set privacy.delta = "auto" (1 over 10 times the units of a site)',
         )
     noise = job.privacy.noise_multiplier
     if noise != "auto" and noise < MIN_NOISE_MULTIPLIER:
-        raise PrivacyError(
-            "E-BUDGET-IMPOSSIBLE",
-            f"privacy.noise_multiplier = {noise:g} is below {MIN_NOISE_MULTIPLIER:g}: no budget allows that",
-            param="privacy.noise_multiplier",
-            hint='set privacy.noise_multiplier = "auto"',
-        )
+        raise _too_little(f"is below {MIN_NOISE_MULTIPLIER:g}: no budget allows that", noise)
     if noise == "auto":
-        noise = calibrate_noise(
-            sampling_probability=job.sampling_probability,
-            steps=job.steps,
-            target_epsilon=job.privacy.epsilon * RESERVE,
-            delta=delta,
-        )
+        target = job.privacy.epsilon * RESERVE
+        noise = calibrate_noise(lambda noise: run_event(job, noise), target_epsilon=target, delta=delta)
     resolved = job.replace(privacy={"delta": delta, "noise_multiplier": noise})
-    cost = epsilon([mechanism_of(resolved).event(job.steps)], delta)
+    cost = epsilon([run_event(resolved)], delta)
     if cost > job.privacy.epsilon:
-        raise PrivacyError(
-            "E-BUDGET-IMPOSSIBLE",
-            f"privacy.noise_multiplier = {noise:g} costs epsilon {cost:.3f} over {job.steps} steps,"
-            f" more than privacy.epsilon = {job.privacy.epsilon:g}",
-            param="privacy.noise_multiplier",
-            hint='set privacy.noise_multiplier = "auto"',
-        )
+        what = f"costs epsilon {cost:.3f} over {job.steps} steps, more than privacy.epsilon = {job.privacy.epsilon:g}"
+        raise _too_little(what, noise)
     return resolved
+
+
+def _too_little(what: str, noise: float) -> PrivacyError:
+    return PrivacyError(
+        "E-BUDGET-IMPOSSIBLE",
+        f"privacy.noise_multiplier = {noise:g} {what}",
+        param="privacy.noise_multiplier",
+        hint='set privacy.noise_multiplier = "auto"',
+    )
+
+
+def run_event(job: Job, noise_multiplier: float | None = None) -> Event:
+    """What a whole run releases of one unit, at all the sites it may be at.
+
+    Args:
+        job: A job; resolved, unless the noise is given.
+        noise_multiplier: To be tried instead of the job's own.
+    """
+    if noise_multiplier is not None:
+        job = job.replace(privacy={"noise_multiplier": noise_multiplier})
+    return mechanism_of(job).event(job.steps * job.data.sites_per_unit)
+
+
+def solve(job: Job, what: Literal["noise", "rounds", "epsilon"]) -> str:
+    """The one setting that follows from the others, as `section.setting=value`.
+
+    Raises:
+        PrivacyError: Two of epsilon, rounds and noise do not fix the third, or nothing fits.
+    """
+    if job.privacy.level == "none":
+        raise PrivacyError("E-SOLVE", "privacy.level = none: there is no budget to solve for", param="privacy.level")
+    delta = 1 / (10 * job.units_per_site) if job.privacy.delta == "auto" else job.privacy.delta
+    if what == "noise":
+        target = job.privacy.epsilon * RESERVE
+        noise = calibrate_noise(lambda noise: run_event(job, noise), target_epsilon=target, delta=delta)
+        return f"privacy.noise_multiplier={noise:.6g}"
+    if job.privacy.noise_multiplier == "auto":
+        raise PrivacyError(
+            "E-SOLVE", f"--solve {what} needs a noise multiplier", param="privacy.noise_multiplier",
+            hint=f"cotune plan run.toml --solve {what} privacy.noise_multiplier=1.0",
+        )  # fmt: skip
+    if what == "epsilon":
+        return f"privacy.epsilon={math.ceil(epsilon([run_event(job)], delta) * 1e4) / 1e4:g}"
+    per_round = job.train.local_steps * job.data.sites_per_unit
+    mechanism = mechanism_of(job)
+    most = calibrate_steps(
+        lambda rounds: mechanism.event(rounds * per_round), target_epsilon=job.privacy.epsilon, delta=delta
+    )
+    return f"run.rounds={most}"
+
+
+def costs_by_person(job: Job) -> dict[int, float]:
+    """Epsilon of a whole resolved run for a person with so many records; the same for all where persons are units."""
+    delta, event = _number(job.privacy.delta), run_event(job)
+    if job.privacy.level == "unit":
+        return dict.fromkeys(PERSONS, epsilon([event], delta))
+    most = job.data.max_per_unit or max(PERSONS)
+    return {count: epsilon_group([event], delta, count) for count in PERSONS if count <= most}
 
 
 def make_plan(job: Job, base: BaseModel) -> Plan:
@@ -104,6 +154,8 @@ def make_plan(job: Job, base: BaseModel) -> Plan:
     top = layers if job.lora.last_layers == "all" else job.lora.last_layers
     size = layout_of(job, base)[0].size
     header = len(_sample_plan(job).model_dump_json())
+    sites = len(job.data.sites) or job.federation.sites
+    heads = HEAD_BYTES * min(sites, HEADS)
     tokens = job.train.microbatch * job.model.max_length
     activations = tokens * (int(config.hidden_size) * ACTIVATION_COPIES * top + int(getattr(config, "vocab_size", 0)))
     return Plan(
@@ -114,21 +166,20 @@ def make_plan(job: Job, base: BaseModel) -> Plan:
         steps=job.steps,
         trained_parameters=size,
         base_parameters=parameters,
-        bytes_up=4 * size + 600,
-        bytes_down=4 * size + header,
+        bytes_up=4 * size + 700 + heads,
+        bytes_down=4 * size + header + heads,
         memory_bytes=4 * (parameters + activations + job.train.microbatch * size),
         seconds_estimate=_seconds(job, parameters, top / layers),
     )
 
 
 def epsilon_by_round(job: Job) -> tuple[float, ...]:
-    """Epsilon spent after each round of a resolved job, at its delta; empty without privacy."""
+    """Epsilon of a unit after each round of a resolved job, at its delta; empty without privacy."""
     if job.privacy.level == "none":
         return ()
     mechanism, delta = mechanism_of(job), _number(job.privacy.delta)
-    return tuple(
-        epsilon([mechanism.event(number * job.train.local_steps)], delta) for number in range(1, job.run.rounds + 1)
-    )
+    steps = job.train.local_steps * job.data.sites_per_unit
+    return tuple(epsilon([mechanism.event(number * steps)], delta) for number in range(1, job.run.rounds + 1))
 
 
 def _number(value: float | str) -> float:
@@ -145,6 +196,7 @@ def _sample_plan(job: Job) -> RoundPlan:
         round=1,
         base_sha256=zero,
         frozen_sha256=zero,
+        clipping_norm=job.privacy.clipping_norm,
     )
 
 

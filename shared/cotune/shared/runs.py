@@ -4,7 +4,8 @@ run.toml resolved.toml plan.json state.json summary.json MANIFEST.json
 events.jsonl metrics.jsonl metrics.csv checkpoints.jsonl
 checkpoints/round-00005/   the two newest, each a plain PEFT folder
 adapter/                   the result, a plain PEFT folder with a filled model card
-privacy/                   claim.json accountant.json statement.txt
+privacy/                   claim.json accountant.json heads.json statement.txt ledgers/SITE.jsonl
+sites/                     homes of simulated sites, until the run has ended
 report/index.html          env/hardware.json env/lock.txt
 """
 
@@ -35,7 +36,7 @@ from cotune.shared.jobfile import dump_toml, load_job
 Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 METRIC_COLUMNS = (
     "round", "site", "valid_loss", "accuracy", "accuracy_low", "accuracy_high", "examples",
-    "epsilon", "update_norm", "bytes_up", "bytes_down", "seconds",
+    "epsilon", "update_norm", "train_loss", "bytes_up", "bytes_down", "seconds",
 )  # fmt: skip
 
 
@@ -64,6 +65,15 @@ class RunFolder:
     def privacy(self) -> Path:
         """Claim, accountant's events, statement."""
         return self.path / "privacy"
+
+    @property
+    def sites(self) -> Path:
+        """Homes of simulated sites, with their keys; gone once the run has succeeded."""
+        return self.path / "sites"
+
+    def ledger(self, site: str) -> Path:
+        """A site's ledger as it was when the run ended."""
+        return self.privacy / "ledgers" / f"{site}.jsonl"
 
     def job(self) -> Job:
         """The resolved job."""
@@ -147,8 +157,9 @@ class RunFolder:
         write_atomic(self.path / "metrics.csv", buffer.getvalue().encode())
 
     def files(self) -> dict[str, Path]:
-        """The run's files by relative name, in order: all but the manifest itself and the engine's log."""
+        """The run's files by relative name, in order: all but the manifest, the engine's log and sites' homes."""
         files = sorted(p for p in self.path.rglob("*") if p.is_file() and p.suffix != ".log")
+        files = [path for path in files if self.sites not in path.parents]
         return {str(p.relative_to(self.path)): p for p in files if p.name != "MANIFEST.json"}
 
     def write_manifest(self) -> None:

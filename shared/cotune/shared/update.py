@@ -8,11 +8,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from cotune.shared.adapter import Vector
+from cotune.shared.chain import SignedHead
 from cotune.shared.job import Sha256, SiteName
 
 
 class UpdateHeader(BaseModel):
-    """What comes with an update. No loss, no record count, no timing: those would be releases of their own.
+    """What comes with an update. No record count, no timing, no loss in the clear: those would be releases too.
 
     Attributes:
         site: Who answers.
@@ -21,9 +22,13 @@ class UpdateHeader(BaseModel):
         base_sha256: The global adapter the update starts from.
         update_sha256: Hash of the update's fp32 bytes.
         event: What the round released, for the accountant.
+        head: The site's signed ledger head, after the round was charged and committed.
+        witnessed: Newest heads this site holds of the other sites its plan named.
+        clipping_norm: Where adaptive clipping has got to at this site, from noised counts.
+        train_loss: Noised mean training loss of the round, in nats; accounted in the event.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     site: SiteName
     round: int = Field(ge=1)
@@ -31,6 +36,10 @@ class UpdateHeader(BaseModel):
     base_sha256: Sha256
     update_sha256: Sha256
     event: dict[str, Any]
+    head: SignedHead
+    witnessed: tuple[SignedHead, ...] = ()
+    clipping_norm: float | None = Field(default=None, gt=0)
+    train_loss: float | None = None
 
 
 class AdapterUpdate:

@@ -9,10 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cotune.shared.chain import SignedHead, head_is_genuine, read_chain, reserved
 from cotune.shared.errors import CotuneError
 from cotune.shared.files import file_sha256
-from cotune.shared.privacy.accounting import epsilon, epsilon_by_prv
-from cotune.shared.privacy.claim import ClaimSubject, build_claim, claim_id, events_of
+from cotune.shared.privacy.accounting import epsilon
+from cotune.shared.privacy.claim import ClaimSubject, build_claim, charged, claim_id
+from cotune.shared.privacy.crosscheck import epsilon_by_prv
+from cotune.shared.privacy.event import Event, event_from_dict
+from cotune.shared.privacy.mechanism import mechanism_of
 from cotune.shared.runs import RunFolder
 
 EPSILON_TOLERANCE = 1e-6
@@ -37,14 +41,16 @@ class Check:
 def verify_run(run: RunFolder) -> list[Check]:
     """Every check in order; a check that cannot be made is a failed one.
 
-    Epsilon is recomputed from `privacy/accountant.json` by PLD and, independently, by Opacus' PRV; the
-    adapter is loaded by PEFT and its loss compared.
+    Epsilon is recomputed from the sites' own ledgers, whose hash chains and signed heads are checked first,
+    by PLD and, independently, by Opacus' PRV; no figure of the run folder enters. The adapter is loaded by
+    PEFT and its loss compared.
     """
     checks: dict[str, Callable[[RunFolder], str]] = {
         "files": _files,
         "job": _job,
         "claim": _claim,
         "released adapter": _subject,
+        "ledgers": _ledgers,
         "events": _events,
         "epsilon": _epsilon,
         "second accountant": _second,
@@ -99,7 +105,10 @@ def _claim(run: RunFolder) -> str:
     private = run.job().is_private
     _require(private or claim["guarantee"] is None, "the job gives no privacy, the claim promises some")
     subject = ClaimSubject(
-        run.run_id, {s["name"]: s["sha256"] for s in claim["subject"]}, claim["evidence"]["reload_check"]
+        run.run_id,
+        {s["name"]: s["sha256"] for s in claim["subject"]},
+        claim["evidence"]["reload_check"],
+        {site["id"]: site["ledger_head"] for site in claim["sites"] if site["ledger_head"]},
     )
     rebuilt = json.loads(json.dumps(build_claim(run.job(), _accounts(run), subject)))
     free = {"created", "software", "claim_id"}
@@ -127,63 +136,85 @@ def _subject(run: RunFolder) -> str:
 
 
 def _accounts(run: RunFolder) -> Mapping[str, list[dict[str, Any]]]:
-    return json.loads((run.privacy / "accountant.json").read_text(encoding="utf-8"))["sites"]
+    return charged(json.loads((run.privacy / "accountant.json").read_text(encoding="utf-8"))["sites"])
+
+
+def _ledgers(run: RunFolder) -> str:
+    """Each site's ledger is one chain of hashes up to a head that the site signed and the claim names."""
+    used = {row["site"] for row in run.metrics() if row.get("site")}
+    sites = [site for site in run.claim()["sites"] if site["ledger_head"] or site["id"] in used]
+    for site in sites:
+        name = site["id"]
+        _require(bool(site["ledger_head"]), f"{name}: the claim names no ledger head")
+        head = SignedHead.model_validate(site["ledger_head"])
+        _require(head.site == name and head_is_genuine(head), f"{name}: its ledger head is not signed by its key")
+        entries = read_chain(run.ledger(name).read_bytes())
+        found = {entry.seq: entry.sha256 for entry in entries}.get(head.seq)
+        _require(found == head.sha256, f"{name}: its ledger is not the one whose head it signed")
+    return f"{len(sites)} hash chains whole, each up to the head its site signed"
+
+
+def _released(run: RunFolder, site: str) -> list[tuple[int, Event]]:
+    """Round and event of all that a site's own ledger says it released in this run; a silent site has none."""
+    if not run.ledger(site).exists():
+        return []
+    found = reserved(read_chain(run.ledger(site).read_bytes()), run_id=run.run_id)
+    return [(int(entry.fields["round"]), event) for entry, event in found]
 
 
 def _events(run: RunFolder) -> str:
-    accounts = _accounts(run)
+    """What sites wrote down is what was planned, and the coordinator's account has all of it."""
+    job, planned = run.job(), mechanism_of(run.job()).event(run.job().train.local_steps)
+    sites = {site["id"]: _released(run, site["id"]) for site in run.claim()["sites"]}
+    for site, entries in _accounts(run).items():
+        _require(site in sites, f"{site}: it was asked, but is missing from the claim")
+        asked = [(entry["round"], event_from_dict(entry["event"])) for entry in entries]
+        for number, event in sites[site]:
+            _require(event == planned, f"{site}: round {number} was charged as something else than planned")
+            _require((number, event) in asked, f"{site}: round {number} is in its ledger, but nobody asked for it")
+            asked.remove((number, event))
+    trained = {(row["site"], row["round"]) for row in run.metrics() if row.get("site")}
+    charged = {(site, number) for site, entries in sites.items() for number, _ in entries}
+    _require(trained <= charged, "a round is in metrics.jsonl that no site charged itself for")
+    return f"{sum(map(len, sites.values()))} site rounds of {job.train.local_steps} steps charged, {len(trained)} used"
+
+
+def _costliest(run: RunFolder, price: Callable[[list[Event], float], float]) -> float:
+    """The run's epsilon from its sites' ledgers alone."""
     job = run.job()
-    trained = {(row["round"], row["site"]) for row in run.metrics() if row.get("site")}
-    reserved = {(entry["round"], site) for site, entries in accounts.items() for entry in entries}
-    _require(trained <= reserved, "a round is in metrics.jsonl that no event was charged for")
-    for site, entries in accounts.items():
-        for entry in entries:
-            event = entry["event"]
-            if event["kind"] != "dp-sgd":
-                continue
-            expected = (job.sampling_probability, job.privacy.noise_multiplier, job.train.local_steps)
-            found = (event["sampling_probability"], event["noise_multiplier"], event["steps"])
-            _require(
-                found == expected,
-                f"{site}: round {entry['round']} was charged as something else than planned",
-            )
-    return f"{len(reserved)} site rounds charged, {len(trained)} used"
+    delta = float(job.privacy.delta)
+    events = {site["id"]: [event for _, event in _released(run, site["id"])] for site in run.claim()["sites"]}
+    order = sorted(events, key=lambda site: (-epsilon(events[site], delta), site))
+    return price([event for site in order[: job.data.sites_per_unit] for event in events[site]], delta)
 
 
 def _epsilon(run: RunFolder) -> str:
-    claim = run.claim()
-    worst = 0.0
-    for site in claim["sites"]:
-        events = events_of(_accounts(run)[site["id"]])
-        if claim["guarantee"] is None and site["epsilon"] is None:
-            continue
-        found = epsilon(events, site["delta"])
-        close = math.isclose(found, site["epsilon"], abs_tol=EPSILON_TOLERANCE, rel_tol=EPSILON_TOLERANCE)
-        _require(close, f"{site['id']}: {found:.4f} from its events, the claim says {site['epsilon']:.4f}")
-        worst = max(worst, found)
-    if claim["guarantee"] is None:
+    guarantee = run.claim()["guarantee"]
+    if guarantee is None:
         return "nothing is promised, nothing to recompute"
-    _require(len(claim["sites"]) == len(_accounts(run)), "a site is missing from the claim")
-    _require(abs(claim["guarantee"]["epsilon"] - worst) <= EPSILON_TOLERANCE, "the claim is not its largest site's")
-    return f"{worst:.4f} recomputed from events by dp-accounting PLD"
+    found, said = _costliest(run, epsilon), guarantee["epsilon"]
+    _require(found <= said + EPSILON_TOLERANCE, f"{found:.4f} from the sites' ledgers, the claim says {said:.4f}")
+    unused = "" if said - found <= EPSILON_TOLERANCE else f"; the claim says {said:.4f}, with rounds no site took"
+    return f"{found:.4f} recomputed from the sites' ledgers by dp-accounting PLD{unused}"
 
 
 def _second(run: RunFolder) -> str:
-    claim = run.claim()
-    if claim["guarantee"] is None:
+    guarantee = run.claim()["guarantee"]
+    if guarantee is None:
         return "nothing is promised, nothing to recompute"
-    largest = max(epsilon_by_prv(events_of(_accounts(run)[site["id"]]), site["delta"]) for site in claim["sites"])
-    said = claim["guarantee"]["epsilon"]
-    _require(abs(largest - said) <= PRV_ERROR, f"Opacus PRV gives {largest:.4f}, the claim says {said:.4f}")
-    return f"{largest:.4f} by Opacus PRV, within {PRV_ERROR} of the claim"
+    found, said = _costliest(run, epsilon_by_prv), guarantee["epsilon"]
+    _require(found <= said + PRV_ERROR, f"Opacus PRV gives {found:.4f}, the claim says {said:.4f}")
+    return f"{found:.4f} from the sites' ledgers by Opacus PRV, not above the claim by more than {PRV_ERROR}"
 
 
 def _summary(run: RunFolder) -> str:
+    from cotune.shared.report.card import escape_markdown
+
     claim, summary = run.claim(), run.summary()
     said = {site["site"]: site["epsilon"] for site in summary["sites"]}
     _require(said == {site["id"]: site["epsilon"] for site in claim["sites"]}, "summary.json has other epsilons")
     card = (run.adapter / "README.md").read_text(encoding="utf-8")
-    words = (claim["statement"],) if claim["guarantee"] else ("NON-PRIVATE", "NOT PRIVATE")
+    words = (str(escape_markdown(claim["statement"])),) if claim["guarantee"] else ("NON-PRIVATE", "NOT PRIVATE")
     _require(any(word in " ".join(card.split()) for word in words), "the card does not say what the claim says")
     return "summary.json and the model card say what the claim says"
 

@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from cotune.shared.adapter import Vector
 from cotune.shared.errors import ConnectionFailed
-from cotune.shared.plan import RoundPlan
+from cotune.shared.plan import LedgerRequest, RoundPlan
 from cotune.shared.update import AdapterUpdate, Answer, SiteFailure, UpdateHeader
 
 HEADER, ARRAY = "header", "adapter"
@@ -55,6 +55,41 @@ def answer_from_records(records: RecordDict, site: str) -> Answer:
     except (ValueError, ConnectionFailed):
         pass
     return SiteFailure(site=site, code="E-WIRE", message="the answer is not an update of this version of cotune")
+
+
+def request_to_records(request: LedgerRequest) -> RecordDict:
+    """A request for a site's ledger, to be sent."""
+    return _pack("ledger-request", request.model_dump_json(), None)
+
+
+def request_from_records(records: RecordDict) -> LedgerRequest:
+    """Read a request for a ledger.
+
+    Raises:
+        ConnectionFailed: The message is not one of ours.
+    """
+    kind, header, _ = _unpack(records)
+    try:
+        if kind != "ledger-request":
+            raise ValueError(kind)
+        return LedgerRequest.model_validate_json(header)
+    except ValueError:
+        raise ConnectionFailed("E-WIRE", "the message is not a request of this version of cotune") from None
+
+
+def ledger_to_records(ledger: bytes) -> RecordDict:
+    """A site's ledger, to be sent."""
+    return _pack("ledger", json.dumps(ledger.decode()), None)
+
+
+def ledger_from_records(records: RecordDict) -> bytes | None:
+    """Read a site's ledger; None for anything that is not one."""
+    try:
+        kind, text, _ = _unpack(records)
+        ledger = json.loads(text)
+        return ledger.encode() if kind == "ledger" and isinstance(ledger, str) else None
+    except (ValueError, ConnectionFailed):
+        return None
 
 
 def _pack(kind: str, header: str, array: Vector | None) -> RecordDict:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from cotune.shared.errors import RefusedError
 from cotune.shared.plan import cotune_version
 from cotune.shared.runs import RunFolder
-from cotune.simulations.scenario import answer_plan, prepare_run, site_names
+from cotune.simulations.scenario import answer_plan, begin, prepare_run, read_ledger, site_names
 
 if TYPE_CHECKING:
     from cotune.server.app import RunConfig
@@ -43,15 +43,16 @@ class Apps:
         """The courier of every simulated site: a ClientApp."""
         from cotune.client.courier import client_app
 
-        return client_app(answer_plan)
+        return client_app(answer_plan, read_ledger)
 
 
 def open_run(config: RunConfig) -> RunFolder:
     """The prepared run that `run-dir` names, or a new one for `job`; in the user's data folder if unsaid."""
     folder = Path(str(config["run-dir"])) if config["run-dir"] else _data_folder() / "runs"
-    if (folder / "resolved.toml").exists():
-        return RunFolder(folder)
-    return prepare_run(str(config["job"]), (), folder, print)
+    found = (folder / "resolved.toml").exists()
+    run = RunFolder(folder) if found else prepare_run(str(config["job"]), (), folder, print)
+    begin(run)
+    return run
 
 
 def _data_folder() -> Path:

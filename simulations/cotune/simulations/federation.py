@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from cotune.server.conduct import conduct
 from cotune.shared.adapter import Vector
-from cotune.shared.plan import RoundPlan
+from cotune.shared.plan import LedgerRequest, RoundPlan
 from cotune.shared.runs import RunFolder
 from cotune.shared.update import Answer
-from cotune.simulations.scenario import answer_plan, site_names
+from cotune.simulations.scenario import answer_plan, begin, read_ledger, site_names
 
 
 class InlineFleet:
@@ -27,7 +27,13 @@ class InlineFleet:
         for plan in plans:
             yield answer_plan(plan, adapter.copy())
 
+    def ledgers(self, requests: Sequence[LedgerRequest]) -> Iterator[tuple[str, bytes]]:
+        """Each site's ledger."""
+        for request in requests:
+            yield request.site, read_ledger(request)
+
 
 def run_inline(run: RunFolder) -> None:
     """Run a prepared run in this process. Raises as `conduct` does."""
+    begin(run)
     conduct(run, InlineFleet(run), "inline")

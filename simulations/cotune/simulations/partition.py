@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from cotune.client.data import unit_of
 from cotune.shared.errors import DataError
 from cotune.shared.job import DataSettings
 from cotune.shared.records import Record
@@ -19,9 +20,10 @@ _STREAM = int.from_bytes(b"split")  # tells this use of the job's seed from ever
 def split(records: Sequence[Record], settings: DataSettings, sites: int, seed: int) -> dict[str, list[int]]:
     """Rows by site; every row is at exactly one site, and the same arguments give the same split.
 
-    iid: at random. dirichlet: site by site, rows are drawn without replacement by label proportions from a
-    symmetric Dirichlet(alpha); a label that runs out leaves its share to the others (Hsu et al. 2019,
-    arXiv 1909.06335). Both give sizes that differ by one row at most. column: a site for each value.
+    iid: at random; with a unit column whole persons are, so that nobody is at two sites. dirichlet: site by
+    site, rows are drawn without replacement by label proportions from a symmetric Dirichlet(alpha); a label
+    that runs out leaves its share to the others (Hsu et al. 2019, arXiv 1909.06335). Both give sizes that
+    differ by one row (or person) at most. column: a site for each value.
 
     Args:
         records: All records.
@@ -37,21 +39,39 @@ def split(records: Sequence[Record], settings: DataSettings, sites: int, seed: i
     """
     if settings.split == "column":
         return _by_column(_values(records, settings.split_column))
-    if len(records) < sites:
-        raise DataError(
-            "E-DATA-SITE-EMPTY",
-            f"site-{len(records) + 1} would get no record: {len(records):,} records for {sites:,} sites",
-            param="federation.sites",
-            hint=f"federation.sites={len(records)} or fewer" if records else "give a file with records",
-        )
+    units = _units(records, settings.unit_column)
+    _require_enough(len(units), sites, settings)
     generator = np.random.default_rng([seed, _STREAM])
-    shares = [len(part) for part in np.array_split(np.arange(len(records)), sites)]
+    shares = [len(part) for part in np.array_split(np.arange(len(units)), sites)]
     if settings.split == "iid":
-        parts = np.split(generator.permutation(len(records)), np.cumsum(shares)[:-1])
+        parts = np.split(generator.permutation(len(units)), np.cumsum(shares)[:-1])
     else:
         labels = _values(records, settings.split_column)
         parts = _dirichlet(labels, shares, settings.alpha, generator)
-    return {f"site-{number}": sorted(part.tolist()) for number, part in enumerate(parts, 1)}
+    return {
+        f"site-{number}": sorted(row for unit in part for row in units[unit]) for number, part in enumerate(parts, 1)
+    }
+
+
+def _require_enough(units: int, sites: int, settings: DataSettings) -> None:
+    if units < sites:
+        what = "persons" if settings.unit_column else "records"
+        raise DataError(
+            "E-DATA-SITE-EMPTY",
+            f"site-{units + 1} would get no record: {units:,} {what} for {sites:,} sites",
+            param="federation.sites",
+            hint=f"federation.sites={units} or fewer" if units else "give a file with records",
+        )
+
+
+def _units(records: Sequence[Record], column: str | None) -> list[list[int]]:
+    """Rows of each unit, in the order units first come; without a column each row is one."""
+    if column is None:
+        return [[row] for row in range(len(records))]
+    rows: dict[str, list[int]] = {}
+    for row, record in enumerate(records):
+        rows.setdefault(unit_of(record, column, row), []).append(row)
+    return list(rows.values())
 
 
 def _values(records: Sequence[Record], column: str | None) -> list[str]:

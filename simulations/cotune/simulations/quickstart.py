@@ -1,9 +1,11 @@
-"""Sample data for `cotune init`: made-up service messages, each with the department that answers it."""
+"""Sample data for `cotune init`: made-up messages of patients, each with the department that answers it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from itertools import product
+from collections.abc import Iterator
+from itertools import cycle, product
 from pathlib import Path
 
 from cotune.shared.files import write_atomic
@@ -16,8 +18,24 @@ OPENINGS = (
     "Hi there,",
     "Urgent:",
     "Question:",
+    "Dear team,",
+    "Good afternoon,",
+    "Sorry to bother you again,",
+    "As I said on the phone,",
+    "For my mother:",
 )
-ENDINGS = ("Thank you.", "Please call me back.", "Regards.", "I look forward to your answer.", "Best wishes.")
+ENDINGS = (
+    "Thank you.",
+    "Please call me back.",
+    "Regards.",
+    "I look forward to your answer.",
+    "Best wishes.",
+    "It is the second time I ask.",
+    "I am at home all day.",
+    "An answer by mail is fine.",
+    "Many thanks in advance.",
+    "Kind regards.",
+)
 TOPICS = {
     "billing": (
         "I was charged twice for the same visit",
@@ -53,19 +71,35 @@ TOPICS = {
     ),
 }
 EVAL_EVERY = 5
+ROWS_OF_A_PATIENT = (1, 8, 2, 7, 3, 6, 4, 5)
 
 
 def write_samples(folder: Path) -> list[Path]:
-    """Write train.jsonl and eval.jsonl: 672 and 168 rows {"text", "label"}, disjoint. Returns their paths."""
+    """Write train.jsonl and eval.jsonl, disjoint, and return their paths.
+
+    2,304 rows {"text", "label", "patient"} of 512 patients with 1 to 8 rows each, and 576 rows without patient.
+    """
     rows = [
         {"text": f"{opening} {topic}. {ending}", "label": label}
         for (label, topics), opening, ending in product(TOPICS.items(), OPENINGS, ENDINGS)
         for topic in topics
     ]
+    train = sorted((row for number, row in enumerate(rows) if number % EVAL_EVERY), key=_order)
     parts = {
-        "train.jsonl": [row for number, row in enumerate(rows) if number % EVAL_EVERY],
+        "train.jsonl": [{**row, "patient": patient} for row, patient in zip(train, _patients(), strict=False)],
         "eval.jsonl": rows[::EVAL_EVERY],
     }
     for name, part in parts.items():
         write_atomic(folder / name, "".join(json.dumps(row) + "\n" for row in part).encode())
     return [folder / name for name in parts]
+
+
+def _order(row: dict[str, str]) -> str:
+    """An order that is always the same and mixes the departments."""
+    return hashlib.sha256(row["text"].encode()).hexdigest()
+
+
+def _patients() -> Iterator[str]:
+    """Whose each row is: patients one after the other, with 1 to 8 rows."""
+    for number, rows in enumerate(cycle(ROWS_OF_A_PATIENT), 1):
+        yield from [f"p{number:04d}"] * rows

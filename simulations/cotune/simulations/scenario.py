@@ -9,26 +9,30 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
+from cotune.client.data import SiteExamples, prepare
+from cotune.client.guard import Guard
+from cotune.client.home import SiteHome
+from cotune.client.policy import DatasetPolicy
 from cotune.client.site import Site
 from cotune.client.training import Trainer
 from cotune.shared.adapter import Vector
 from cotune.shared.cli import job_file
 from cotune.shared.datasets import dataset_path
-from cotune.shared.errors import CotuneError, JobError, did_you_mean
+from cotune.shared.errors import CotuneError, JobError, RefusedError, did_you_mean
 from cotune.shared.evaluation import choices_of
-from cotune.shared.examples import Example, tokenize
-from cotune.shared.files import append_line, write_json
-from cotune.shared.job import DataSettings, Job
+from cotune.shared.files import append_line, storage_errors, write_atomic, write_json
+from cotune.shared.job import HOME, DataSettings, Job
 from cotune.shared.jobfile import load_job, parse_job
 from cotune.shared.model import locate
 from cotune.shared.packages import cache_dir
-from cotune.shared.plan import RoundPlan
+from cotune.shared.plan import LedgerRequest, RoundPlan
 from cotune.shared.planning import make_plan, resolve
 from cotune.shared.records import Record, read_records
 from cotune.shared.runs import RunFolder, create_run
 from cotune.shared.update import Answer, SiteFailure
 from cotune.shared.warm import warm_network
 from cotune.simulations.partition import split
+from cotune.simulations.population import check_sites
 
 
 def recipe_names() -> list[str]:
@@ -62,7 +66,7 @@ def prepare_run(source: str, overrides: Sequence[str], out: Path, say: Callable[
     job = resolve(load_job(path, overrides))
     say("records (a demo set is fetched the first time) ...")
     job = _with_data(job)
-    check_sites(job)
+    check_sites(job, {site: site_records(job, site) for site in site_names(job)}, say)
     say("base model (fetched and converted the first time) ...")
     plan = make_plan(job, locate(job))
     run = create_run(out, job, path.read_bytes())
@@ -88,16 +92,6 @@ def _with_data(job: Job) -> Job:
     return job
 
 
-def check_sites(job: Job) -> None:
-    """Read every site's records once, so that bad rows and empty sites show before any round.
-
-    Raises:
-        DataError: A file cannot be read, a row is malformed, or a site has no record.
-    """
-    for site in site_names(job):
-        site_records(job, site)
-
-
 def site_names(job: Job) -> list[str]:
     """Names of the job's sites, in order."""
     return sorted(job.data.sites) if job.data.sites else sorted(_shares(_data_key(job)))
@@ -109,10 +103,26 @@ def site_records(job: Job, site: str) -> list[Record]:
     Raises:
         DataError: The file cannot be read or the site has no record.
     """
-    if job.data.sites:
-        return read_records(Path(job.data.sites[site]), job.data.format)
-    records, shares = _pool(_data_key(job))
-    return [records[row] for row in shares[site]]
+    if not job.data.sites:
+        records, shares = _pool(_data_key(job))
+        return [records[row] for row in shares[site]]
+    source = job.data.sites[site]
+    if not source.startswith(HOME):
+        return read_records(Path(source), job.data.format)
+    home = SiteHome.open(Path(source.removeprefix(HOME)))
+    return read_records(home.data_path(_own_dataset(home, job)), job.data.format)
+
+
+def _own_dataset(home: SiteHome, job: Job) -> DatasetPolicy:
+    """The data set of a site's policy that the job is about."""
+    dataset = home.policy.find(job.data.dataset)
+    if dataset is None:
+        known = ", ".join(each.id for each in home.policy.dataset)
+        raise RefusedError(
+            "E-POLICY", f"{home.name}: rule data.dataset: the job names no data set of this site (it has {known})",
+            param="data.dataset", hint=f"data.dataset={home.policy.dataset[0].id}",
+        )  # fmt: skip
+    return dataset
 
 
 def _data_key(job: Job) -> str:
@@ -138,12 +148,31 @@ def work_folder(run_id: str) -> Path:
     return cache_dir() / "work" / run_id
 
 
+def begin(run: RunFolder) -> None:
+    """Let the processes of this machine find a run's folder, and its sites' homes in it, by the run's name."""
+    work = work_folder(run.run_id)
+    with storage_errors(work):
+        work.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_atomic(work / "run", str(run.path).encode())
+
+
+def site_home(run_id: str, site: str, job: Job, model_sha256: str) -> SiteHome:
+    """A site's home: its own where the job names one, else one in the run folder that grants just this job."""
+    source = job.data.sites.get(site, "")
+    if source.startswith(HOME):
+        return SiteHome.open(Path(source.removeprefix(HOME)))
+    run = RunFolder(Path((work_folder(run_id) / "run").read_text(encoding="utf-8")))
+    folder = run.sites / site
+    return SiteHome.open(folder) if folder.exists() else SiteHome.simulated(folder, site, job, model_sha256)
+
+
 class SimulatedRecords:
     """`SiteData` of a simulation: any site of any job."""
 
-    def examples(self, job: Job, site: str) -> list[Example]:
-        """One site's records as examples."""
-        return tokenize(site_records(job, site), warm_network(job)[1], job)
+    def load(self, job: Job, site: str, dataset: DatasetPolicy) -> SiteExamples:
+        """One site's records as examples with their units."""
+        del dataset  # `site_records` asks the same policy
+        return prepare(site_records(job, site), warm_network(job)[1], job)
 
 
 def answer_plan(plan: RoundPlan, adapter: Vector) -> Answer:
@@ -156,19 +185,31 @@ def answer_plan(plan: RoundPlan, adapter: Vector) -> Answer:
     def progress(step: int) -> None:
         append_line(work / "progress.jsonl", {"site": plan.site, "round": plan.round, "step": step})
 
+    home = None
     try:
-        work.mkdir(mode=0o700, parents=True, exist_ok=True)
-        site = Site(plan.site, SimulatedRecords(), work / plan.site)
-        return site.train(plan, adapter, _trainer(plan.job.to_json()), progress)
+        trainer = _trainer(plan.job.to_json())
+        home = site_home(plan.run_id, plan.site, plan.job, trainer.model_sha256)
+        return Site(Guard(home), SimulatedRecords(), work / plan.site).train(plan, adapter, trainer, progress)
     except CotuneError as error:
-        return SiteFailure(site=plan.site, code=error.code, message=error.message, exit_code=error.exit_code)
+        message = error.message
+        if error.code == "E-SITE-DATA" and home is not None and home.is_simulated:
+            message = f"{plan.site}: {home.jobs.own_lines()[-1]['text']}"  # whoever simulates owns all the records
+        return SiteFailure(site=plan.site, code=error.code, message=message, exit_code=error.exit_code)
     except Exception as error:
         if os.environ.get("COTUNE_DEBUG") == "1":
             raise
         return SiteFailure(site=plan.site, code="E-INTERNAL", message=type(error).__name__, exit_code=5)
 
 
+def read_ledger(request: LedgerRequest) -> bytes:
+    """A simulated site's ledger; a `courier.LedgerReader`."""
+    run = RunFolder(Path((work_folder(request.run_id) / "run").read_text(encoding="utf-8")))
+    source = run.job().data.sites.get(request.site, "")
+    folder = Path(source.removeprefix(HOME)) if source.startswith(HOME) else run.sites / request.site
+    return (folder / "ledger.jsonl").read_bytes()
+
+
 @lru_cache(maxsize=1)
 def _trainer(job_json: str) -> Trainer:
     job = parse_job(json.loads(job_json), origin="plan")
-    return Trainer(warm_network(job)[0], job)
+    return Trainer(warm_network(job)[0], job, locate(job).sha256)

@@ -100,7 +100,8 @@ class RunBuilder:
         guarantee = {
             "variant": "approximate DP", "epsilon": 7.7991, "delta": 1e-4, "target_epsilon": 8.0,
             "epsilon_without_amplification": 21.3, "epsilon_replace_one": 13.1,
-            "epsilon_second_accountant": 7.75, "tradeoff": CURVE,
+            "epsilon_second_accountant": 7.75, "tradeoff": CURVE, "adjacency": "add-or-remove-one",
+            "person": [{"records": 2, "epsilon": 17.4}, {"records": 4, "epsilon": None}],
         }  # fmt: skip
         site = {
             "sampling": "poisson", "sampling_probability": 0.064, "noise_multiplier": 0.8,

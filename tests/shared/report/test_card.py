@@ -51,7 +51,7 @@ def test_every_section_is_filled(whole_run):
     privacy = sections[1]
     assert "(7.80, 1e-4)-differentially private for one record" in privacy
     assert "epsilon 21.30" in privacy and "Epsilon 7.80" in privacy
-    assert "Persons: not claimed" in privacy
+    assert "For a person with several rows it is weaker: epsilon 17.40 with 2 rows" in privacy
     assert f"`cotune verify {whole_run.run_id}`" in privacy
     assert card.endswith("\n")
 

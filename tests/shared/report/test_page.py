@@ -88,10 +88,11 @@ def test_the_verdict_says_who_against_whom_how_strongly_and_what_not(whole_run):
     assert "Each single record of any one site: one JSONL row, cut to 64 tokens." in text
     assert "Everyone outside that site, the coordinator included." in text
     assert "50 are right by chance; with this adapter in hand, the best attack gets at most 80 right." in text
+    assert "Each record is protected" in text
     assert "Epsilon 7.80 at delta 0.0001 (target 8.00), when one record is added or removed." in text
     assert "second, independent accountant computes epsilon 7.75" in text
     assert "epsilon 21.30" in text and "epsilon 13.10" in text
-    assert "Persons: not claimed" in text and "the base model" in text
+    assert "with 2 rows" in text and "the base model" in text
     assert f"cotune verify {whole_run.run_id}" in text
     assert "legal advice" in text
 
@@ -213,3 +214,14 @@ def test_a_damaged_summary_is_an_error_not_an_empty_report(whole_run):
     (whole_run.path / "summary.json").write_text("{", encoding="utf-8")
     with pytest.raises(JobError, match=r"summary\.json"):
         write_report(whole_run)
+
+
+def test_a_person_level_run_speaks_of_persons(build):
+    unit = {"data": {"unit": "column:patient", "units_per_site": 300}, "privacy": {"level": "unit"}}
+    builder = build(**unit).rounds(3).finished()
+    guarantee = {"epsilon": 3.0, "delta": 1e-4, "tradeoff": [[0.01, 0.05]], "adjacency": "zero-out-one", "person": []}
+    text = Page(render(builder.claimed(guarantee=guarantee, releases=["a noised update"]).run)).text
+    assert "Each person is protected with epsilon 3.00" in text
+    assert "when one person is replaced by nothing" in text
+    assert "1,000 records of 300 persons" in text
+    assert "a noised update" in text

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -11,6 +13,9 @@ from cotune.shared.cli import job_file, show
 from cotune.shared.job import Job
 from cotune.shared.jobfile import dump_toml, load_job
 from cotune.shared.planning import Plan
+
+if TYPE_CHECKING:
+    from cotune.shared.outlook import Outlook
 
 JobArgument = Annotated[str, typer.Argument(help="A job file, or recipe:NAME.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings: privacy.epsilon=3 run.rounds=8 ...")]
@@ -63,37 +68,75 @@ def _lines(described: dict[str, Any]) -> list[str]:
     return lines[1:]
 
 
-def plan(job: JobArgument = "run.toml", overrides: Overrides = None, as_json: JsonFlag = False) -> None:
+def plan(
+    job: JobArgument = "run.toml",
+    overrides: Overrides = None,
+    solve: Annotated[
+        Literal["noise", "rounds", "epsilon"] | None,
+        typer.Option(help="Only the one of these that follows from the other two."),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
     """What a job will cost, before any data is touched: noise, epsilon by round, bytes, memory, time."""
+    from cotune.shared import planning
     from cotune.shared.model import locate
-    from cotune.shared.planning import make_plan, resolve
+    from cotune.shared.outlook import outlook
 
-    resolved = resolve(_job(job, overrides))
-    made = make_plan(resolved, locate(resolved))
-    text = _plan_text(resolved, made)
-    show({**made.to_dict(), "job_sha256": resolved.sha256()}, as_json=as_json, text=text)
+    given = _job(job, overrides)
+    if solve is not None:
+        found = planning.solve(given, solve)
+        show({"solved": found}, as_json=as_json, text=found)
+        return
+    resolved = planning.resolve(given)
+    base = locate(resolved)
+    made = planning.make_plan(resolved, base)
+    expected = outlook(resolved, base, made.trained_parameters)
+    persons = planning.costs_by_person(resolved) if expected else {}
+    data = {
+        **made.to_dict(),
+        "job_sha256": resolved.sha256(),
+        "model_sha256": base.sha256,
+        "epsilon_by_records_of_a_person": persons,
+        "outlook": asdict(expected) if expected else None,
+    }
+    show(data, as_json=as_json, text="\n".join([*_plan_lines(resolved, made), *_outlook_lines(persons, expected)]))
 
 
-def _plan_text(job: Job, made: Plan) -> str:
+def _plan_lines(job: Job, made: Plan) -> list[str]:
     sites = len(job.data.sites) or job.federation.sites
     lines = [f"{job.run.name}: {sites} sites, {job.run.rounds} rounds of {job.train.local_steps} steps"]
     if made.noise_multiplier is None:
         lines.append("privacy           NONE: this job promises nothing (privacy.level = none)")
     else:
+        unit = "persons" if job.privacy.level == "unit" else "records"
+        cap = f", {job.train.max_batch_size} at most" if job.train.max_batch_size else ""
         lines += [
             f"noise multiplier  {made.noise_multiplier:.4f}  (the least for epsilon {job.privacy.epsilon:g}"
             f" at delta {made.delta:.3g})",
             f"batches           Poisson, probability {made.sampling_probability:.4g},"
-            f" {job.train.batch_size} records expected",
+            f" {job.train.batch_size} {unit} expected{cap}",
             "epsilon by round  " + "  ".join(f"{value:.3f}" for value in made.epsilon_by_round),
         ]
         if job.privacy.noise == "test":
             lines.append("TEST NOISE: the noise is seeded; this job is NOT private")
-    lines += [
+    return [
+        *lines,
         f"steps             {made.steps} a site",
         f"trained           {made.trained_parameters:,} of {made.base_parameters:,} parameters",
         f"bytes             {made.bytes_up:,} up, {made.bytes_down:,} down, a site and round",
         f"memory            about {made.memory_bytes / 2**30:.1f} GiB a worker, {job.simulation.workers} workers",
         f"time              at most about {made.seconds_estimate / 60:.0f} min here, if all rows were of full length",
     ]
-    return "\n".join(lines)
+
+
+def _outlook_lines(persons: Mapping[int, float], expected: Outlook | None) -> list[str]:
+    if expected is None:
+        return []
+    costs = "  ".join(f"{count}: {cost:.2f}" for count, cost in persons.items())
+    lines = [
+        f"epsilon of people {costs}   (by their number of records at a site)",
+        f"noise to signal   {expected.step:.2f} a step, {expected.run:.2f} over the run"
+        " (noise beside the most the data can say; near 1 little is learnt)",
+    ]
+    helping = [f"  would help      {a.settings}: {a.noise_to_signal:.2f} over the run" for a in expected.advice]
+    return lines + helping

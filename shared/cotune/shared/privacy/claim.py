@@ -12,35 +12,17 @@ from importlib.metadata import version
 from typing import Any
 
 from cotune.shared.job import Job
-from cotune.shared.privacy.accounting import epsilon, epsilon_by_prv, epsilon_replace_one, tradeoff_curve
-from cotune.shared.privacy.event import DpSgdEvent, Event, event_from_dict
-from cotune.shared.privacy.mechanism import Mechanism
+from cotune.shared.privacy import wording as words
+from cotune.shared.privacy.accounting import epsilon, epsilon_replace_one, tradeoff_curve
+from cotune.shared.privacy.crosscheck import epsilon_by_prv
+from cotune.shared.privacy.event import DpSgdEvent, Event, NonPrivateEvent, event_from_dict
+from cotune.shared.privacy.group import epsilon_group
+from cotune.shared.privacy.mechanism import mechanism_of
 
 SCHEMA = "cotune/privacy-claim/1"
 RATES = (0.001, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-UNPROTECTED = (
-    "site names, who took part in which round, and when",
-    "data.records_per_site and everything else in the job file, which is public by design",
-    "the base model and what it was trained on before",
-    "evaluation figures: computed on public data only",
-    "people with several records: the unit is one row, and protection weakens with every further row",
-    "rounding: sums are floating-point, and attacks on their last bits are made harder, not impossible",
-    "what is asked of the model later: prompts are not protected by training",
-    "trials: settings tuned by running on the same records again cost more than one run says",
-)
-COMPOSITION = {
-    "within_site": "PLD over all steps of all rounds, adaptive",
-    "across_sites": "parallel: the largest site's epsilon, valid if nobody's rows are at two sites",
-    "across_runs": "not composed: every further run on the same rows adds to this one",
-    "tuning": "not accounted",
-}
-THREAT_MODEL = {
-    "coordinator": "sees each site's noised update of every round; covered",
-    "other sites": "see global adapters; covered, also if they collude",
-    "readers of the released model": "covered",
-    "the site's own staff": "trusted with its records; not covered",
-}
-NON_PRIVATE = "This run gives NO privacy guarantee."
+GROUPS = (2, 4, 8)
+SOFTWARE = ("cotune", "flwr", "torch", "transformers", "peft", "dp-accounting")
 
 
 @dataclass(frozen=True)
@@ -50,45 +32,46 @@ class ClaimSubject:
     run_id: str
     files: Mapping[str, str]
     reload_check: Mapping[str, float] | None
+    heads: Mapping[str, Mapping[str, Any]]
 
 
 def build_claim(job: Job, accounts: Mapping[str, Sequence[dict[str, Any]]], subject: ClaimSubject) -> dict[str, Any]:
     """The claim of a run, from its events alone.
 
-    Guarantee: every epsilon is computed here from the events, the sites' maximum is the run's figure, and a
-    run without accounted, secret noise gets `guarantee: null` in words nobody can overlook.
+    Guarantee: every epsilon is computed here from the events. The run's figure is that of the
+    `data.sites_per_unit` costliest sites composed, so it holds for anybody at that many sites or fewer. A run
+    without accounted, secret noise gets `guarantee: null` in words nobody can overlook.
+
+    Edge cases: no site, or a site without an event, promises nothing; with fewer sites than
+    `data.sites_per_unit` all are composed.
 
     Args:
         job: The resolved job.
-        accounts: Site -> its ledger entries ({"round", "event"}).
-        subject: Run id, hashes of what is released, result of the reload check.
+        accounts: Site -> its entries ({"round", "event"}).
+        subject: Run id, hashes of what is released, result of the reload check, ledger heads.
     """
     private = job.is_private and bool(accounts) and all(_is_accounted(entries) for entries in accounts.values())
     delta = job.privacy.delta if job.privacy.delta != "auto" else math.nan
     sites = [_site(name, entries, job, delta) for name, entries in sorted(accounts.items())]
+    sites = [{**site, "ledger_head": subject.heads.get(site["id"])} for site in sites]
+    guarantee = _guarantee(job, accounts, sites, delta) if private else None
     claim: dict[str, Any] = {
         "schema": SCHEMA,
         "run_id": subject.run_id,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "job_sha256": job.sha256(),
         "subject": [{"name": name, "sha256": sha256} for name, sha256 in sorted(subject.files.items())],
-        "statement": _statement(job, sites, delta) if private else _non_private_statement(job),
-        "guarantee": _guarantee(job, accounts, sites, delta) if private else None,
-        "unit": {
-            "level": job.privacy.level,
-            "definition": f"one row of a site's data, cut to {job.model.max_length} tokens",
-            "adjacency": Mechanism.adjacency,
-            "person_level": "not claimed: a person with several rows is protected less than one row is",
-        },
+        "statement": words.statement(job, guarantee) if guarantee else words.non_private_statement(job),
+        "guarantee": guarantee,
+        "unit": words.unit(job),
         "sites": sites,
-        "composition": COMPOSITION,
-        "mechanism": _mechanism(job),
-        "threat_model": THREAT_MODEL,
-        "unprotected": list(UNPROTECTED),
+        "releases": words.releases(job),
+        "composition": words.composition(job),
+        "mechanism": words.mechanism(job),
+        "threat_model": words.THREAT_MODEL,
+        "unprotected": words.unprotected(job),
         "evidence": {"reload_check": subject.reload_check, "attack": "not run"},
-        "software": {
-            name: version(name) for name in ("cotune", "flwr", "torch", "transformers", "peft", "dp-accounting")
-        },
+        "software": {name: version(name) for name in SOFTWARE},
     }
     return {**claim, "claim_id": claim_id(claim)}
 
@@ -104,28 +87,34 @@ def statement_text(claim: Mapping[str, Any]) -> str:
     lines = [claim["statement"], "", "Not covered:", *(f"- {item}" for item in claim["unprotected"])]
     lines += [
         "",
-        "Check it yourself: cotune verify RUN (epsilon is recomputed from privacy/accountant.json).",
+        "Check it yourself: cotune verify RUN (epsilon is recomputed from the sites' ledgers).",
     ]
     return "\n".join(lines) + "\n"
 
 
+def charged(accounts: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """The coordinator's account without what sites refused; a site that refused everything is not in it."""
+    kept = {site: [entry for entry in entries if "refused" not in entry] for site, entries in accounts.items()}
+    return {site: entries for site, entries in kept.items() if entries}
+
+
 def _is_accounted(entries: Sequence[dict[str, Any]]) -> bool:
     events = events_of(entries)
-    return bool(events) and all(isinstance(event, DpSgdEvent) for event in events)
+    return bool(events) and not any(isinstance(event, NonPrivateEvent) for event in events)
 
 
 def events_of(entries: Sequence[dict[str, Any]]) -> list[Event]:
-    """The events of one site's ledger entries."""
+    """The events of one site's entries."""
     return [event_from_dict(entry["event"]) for entry in entries]
 
 
 def _site(name: str, entries: Sequence[dict[str, Any]], job: Job, delta: float) -> dict[str, Any]:
     events = events_of(entries)
-    counted = [event for event in events if isinstance(event, DpSgdEvent)]
+    counted = [event for event in events if not isinstance(event, NonPrivateEvent)]
     cost = epsilon(events, delta) if job.is_private and _is_accounted(entries) else math.inf
     return {
         "id": name,
-        "sampling": "poisson",
+        "sampling": "poisson" if job.train.max_batch_size is None else "truncated poisson",
         "sampling_probability": job.sampling_probability,
         "noise_multiplier": counted[0].noise_multiplier if counted else None,
         "clipping_norm": job.privacy.clipping_norm if counted else None,
@@ -138,53 +127,38 @@ def _site(name: str, entries: Sequence[dict[str, Any]], job: Job, delta: float) 
 def _guarantee(
     job: Job, accounts: Mapping[str, Sequence[dict[str, Any]]], sites: Sequence[dict[str, Any]], delta: float
 ) -> dict[str, Any]:
-    worst = max(sites, key=lambda site: site["epsilon"])
-    events = events_of(accounts[worst["id"]])
-    plain = [
-        DpSgdEvent(sampling_probability=1.0, noise_multiplier=e.noise_multiplier, steps=e.steps)
-        for e in events
-        if isinstance(e, DpSgdEvent)
-    ]
+    costliest = sorted(sites, key=lambda site: (-site["epsilon"], site["id"]))[: job.data.sites_per_unit]
+    events = [event for site in costliest for event in events_of(accounts[site["id"]])]
     return {
         "variant": "approximate DP",
-        "epsilon": worst["epsilon"],
+        "epsilon": epsilon(events, delta),
         "delta": delta,
+        "adjacency": mechanism_of(job).adjacency,
         "target_epsilon": job.privacy.epsilon,
-        "epsilon_without_amplification": epsilon(plain, delta),
+        "epsilon_without_amplification": epsilon(_unsampled(events), delta),
         "epsilon_replace_one": epsilon_replace_one(events, delta),
         "epsilon_second_accountant": epsilon_by_prv(events, delta),
+        "person": _persons(job, events, delta),
         "tradeoff": [list(point) for point in tradeoff_curve(events, RATES)],
     }
 
 
-def _mechanism(job: Job) -> dict[str, str]:
-    secure = job.privacy.noise == "secure"
-    return {
-        "name": "DP-SGD on LoRA " + ("B (A public and frozen)" if job.lora.freeze_a else "A and B"),
-        "clipping": "per example, flat L2, non-finite gradients count as zero",
-        "noise": "ChaCha20 keyed by the operating system, float64" if secure else "SEEDED FOR TESTS: NOT PRIVATE",
-        "normaliser": "the public expected batch size",
-        "accountant": "dp-accounting PLD, checked by Opacus PRV",
-    }
+def _unsampled(events: Sequence[Event]) -> list[Event]:
+    """The same releases as if every unit had been in every batch."""
+    return [
+        DpSgdEvent(sampling_probability=1.0, noise_multiplier=event.noise_multiplier, steps=event.steps)
+        for event in events
+        if not isinstance(event, NonPrivateEvent)
+    ]
 
 
-def _statement(job: Job, sites: Sequence[dict[str, Any]], delta: float) -> str:
-    worst = math.ceil(max(site["epsilon"] for site in sites) * 100) / 100
-    return (
-        f"The released adapter and every checkpoint are ({worst:.2f}, {_rounded_up(delta)})-differentially private with"
-        f" respect to adding or removing one row of any one site's data, against everyone outside that site."
-    )
-
-
-def _rounded_up(value: float) -> str:
-    """Three digits, never below the value: a claim may not say less than was computed."""
-    text = f"{value:.3g}"
-    return text if float(text) >= value else f"{value * 1.005:.3g}"
-
-
-def _non_private_statement(job: Job) -> str:
-    if job.privacy.level == "none":
-        return f"{NON_PRIVATE} It was trained without clipping and noise (privacy.level = none)."
-    if job.is_private:
-        return f"{NON_PRIVATE} Not everything it released was accounted for."
-    return f"{NON_PRIVATE} Its noise was seeded for tests (privacy.noise = test) and can be subtracted by anybody."
+def _persons(job: Job, events: Sequence[Event], delta: float) -> list[dict[str, Any]]:
+    """What the events cost a person with so many rows, where single rows are protected; empty for persons."""
+    if job.privacy.level == "unit":
+        return []
+    most = job.data.max_per_unit
+    return [
+        {"records": count, "epsilon": cost if math.isfinite(cost) else None}
+        for count in ((most,) if most else GROUPS)
+        for cost in (epsilon_group(events, delta, count),)
+    ]

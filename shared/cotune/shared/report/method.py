@@ -47,9 +47,9 @@ def _job_facts(evidence: Evidence) -> tuple[Fact, ...]:
     return (
         Fact("Task", job.task.kind),
         Fact("Records are cut to", f"{job.model.max_length} tokens"),
-        Fact("Sites", f"{sites}, each with {job.data.records_per_site:,} records (agreed public number)"),
+        Fact("Sites", f"{sites}, each with {_agreed(evidence)} (agreed public numbers)"),
         Fact("Rounds", f"{job.run.rounds}, with {train.local_steps} steps at each site"),
-        Fact("Batch", f"{train.batch_size} records expected"),
+        Fact("Batch", f"{train.batch_size} {'persons' if job.privacy.level == 'unit' else 'records'} expected"),
         Fact(
             "Optimizer",
             f"{train.optimizer}{momentum}, learning rate {train.learning_rate:g}, {train.schedule}",
@@ -63,6 +63,12 @@ def _job_facts(evidence: Evidence) -> tuple[Fact, ...]:
         Fact("Public seed", str(job.run.seed)),
         Fact("Job's SHA-256", str(summary.get("job_sha256") or job.sha256())),
     )
+
+
+def _agreed(evidence: Evidence) -> str:
+    data = evidence.job.data
+    persons = f" of {data.units_per_site:,} persons" if data.units_per_site else ""
+    return f"{data.records_per_site:,} records{persons}"
 
 
 def mechanism_facts(evidence: Evidence) -> tuple[Fact, ...]:
@@ -91,6 +97,7 @@ def mechanism_facts(evidence: Evidence) -> tuple[Fact, ...]:
     ):
         said: Record = evidence.claim.get(section) or {}
         facts += [Fact(prefix + _label(key), _value(value)) for key, value in said.items()]
+    facts += [Fact("Released by each site", "; ".join(evidence.claim.get("releases") or []))]
     attack = (evidence.claim.get("evidence") or {}).get("attack")
     return (*facts, Fact("Measured attack", _value(attack))) if attack else tuple(facts)
 

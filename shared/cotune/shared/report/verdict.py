@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from cotune.shared.report import wording
 from cotune.shared.report.evidence import Evidence, Record
 
-PERSON_LEVEL = (
-    "Persons. A person with several records has weaker protection than the figures here; no bound is claimed."
-)
-ANOTHER_SITE = "The same record held by two sites: the figure is for one site's copy."
+PERSON_LEVEL = "Persons. A person with several records has weaker protection than the figures here."
+ANOTHER_SITE = "The same {noun} at more sites than the job says: the figure is for that many."
+UNITS = {"example": "record", "unit": "person"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ def _non_private(evidence: Evidence) -> Verdict:
 
 def _unclaimed(evidence: Evidence) -> Verdict:
     spent, ended = evidence.epsilon, evidence.state.get("status") in ("failed", "cancelled")
+    noun = _noun(evidence)
     target = wording.epsilon(evidence.job.privacy.epsilon)
     strength = (f"The target is epsilon {target}.",)
     if spent:
@@ -70,11 +70,11 @@ def _unclaimed(evidence: Evidence) -> Verdict:
         banner="",
         banner_text="",
         who="Nobody: the run ended without a claim." if ended else "Nobody yet: a run's claim is written at its end.",
-        against="The claim is to be for each single record (one row) of any one site, against everyone "
-        "outside that site, the coordinator included.",
+        against=f"The claim is to be for each single {noun} of any one site, against everyone outside that site, "
+        "the coordinator included.",
         strength=strength,
         right_of_hundred=None,
-        uncovered=(PERSON_LEVEL, ANOTHER_SITE),
+        uncovered=(*((PERSON_LEVEL,) if noun == "record" else ()), ANOTHER_SITE.format(noun=noun)),
         statement="",
     )
 
@@ -86,49 +86,64 @@ def _claimed(evidence: Evidence) -> Verdict:
     curve = [(point[0], point[1]) for point in guarantee.get("tradeoff") or []]
     right = wording.right_of_hundred(curve)
     listed = tuple(str(item) for item in evidence.claim.get("unprotected") or [])
-    person = unit.get("person_level")
+    noun = _noun(evidence)
     return Verdict(
-        headline=f"Each record is protected with epsilon {wording.epsilon(evidence.epsilon)} "
+        headline=f"Each {noun} is protected with epsilon {wording.epsilon(evidence.epsilon)} "
         f"and delta {wording.delta(guarantee.get('delta'))}",
         banner="",
         banner_text="",
-        who=f"Each single record of any one site: {definition or 'one row of its data'}.",
+        who=f"Each single {noun} of any one site: {definition or 'one row of its data'}.",
         against="Everyone outside that site, the coordinator included.",
-        strength=(*_odds(curve, right), *_figures(guarantee)),
+        strength=(*_odds(curve, right, noun), *_figures(guarantee, noun), *_persons(guarantee)),
         right_of_hundred=right,
-        uncovered=(*listed, f"Persons: {person}" if person else PERSON_LEVEL),
+        uncovered=listed,
         statement=str(evidence.claim.get("statement") or ""),
     )
 
 
-def _odds(curve: list[tuple[float, float]], right: int | None) -> tuple[str, ...]:
+def _noun(evidence: Evidence) -> str:
+    return UNITS.get(evidence.job.privacy.level, "record")
+
+
+def _odds(curve: list[tuple[float, float]], right: int | None, noun: str) -> tuple[str, ...]:
     if right is None:
         return ("The claim carries no trade-off curve, so its odds cannot be given.",)
     sentences = [
-        f"Of 100 guesses whether one given record was used, 50 are right by chance; "
+        f"Of 100 guesses whether one given {noun} was used, 50 are right by chance; "
         f"with this adapter in hand, the best attack gets at most {right} right."
     ]
     found = wording.found_of_hundred(curve, 0.01)
     if found is not None:
         sentences.append(
-            f"An attack that wrongly accuses 1 of 100 unused records finds at most {found} of 100 used ones."
+            f"An attack that wrongly accuses 1 of 100 unused {noun}s finds at most {found} of 100 used ones."
         )
     return tuple(sentences)
 
 
-def _figures(guarantee: Record) -> tuple[str, ...]:
+def _persons(guarantee: Record) -> tuple[str, ...]:
+    """What the figures mean for a person with several rows, where single rows are protected."""
+    said = [
+        f"epsilon {wording.epsilon(row['epsilon'])} with {row['records']} rows"
+        for row in guarantee.get("person") or []
+        if row.get("epsilon") is not None
+    ]
+    return (f"For a person with several rows it is weaker: {', '.join(said)}.",) if said else ()
+
+
+def _figures(guarantee: Record, noun: str) -> tuple[str, ...]:
     spent, delta = wording.epsilon(guarantee.get("epsilon")), wording.delta(guarantee.get("delta"))
     figures = f"Epsilon {spent} at delta {delta}"
     if guarantee.get("target_epsilon") is not None:
         figures += f" (target {wording.epsilon(guarantee['target_epsilon'])})"
-    sentences = [f"{figures}, when one record is added or removed."]
+    change = "replaced by nothing" if guarantee.get("adjacency") == "zero-out-one" else "added or removed"
+    sentences = [f"{figures}, when one {noun} is {change}."]
     second = guarantee.get("epsilon_second_accountant")
     if second is not None:
         sentences.append(f"A second, independent accountant computes epsilon {wording.epsilon(second)}.")
     plain = guarantee.get("epsilon_without_amplification")
     if plain is not None:
-        sentences.append(f"Without counting on the random choice of records: epsilon {wording.epsilon(plain)}.")
+        sentences.append(f"Without counting on the random choice of {noun}s: epsilon {wording.epsilon(plain)}.")
     replaced = guarantee.get("epsilon_replace_one")
     if replaced is not None:
-        sentences.append(f"When one record is replaced by another: epsilon {wording.epsilon(replaced)}.")
+        sentences.append(f"When one {noun} is replaced by another: epsilon {wording.epsilon(replaced)}.")
     return tuple(sentences)

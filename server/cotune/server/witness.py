@@ -1,0 +1,72 @@
+"""Signed heads of the sites' ledgers, kept so that no site can go back to an older ledger unnoticed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from cotune.shared.chain import SignedHead, head_is_genuine
+from cotune.shared.errors import StorageError
+from cotune.shared.files import write_json
+from cotune.shared.update import UpdateHeader
+
+WITNESSES = 3
+
+
+class Witness:
+    """The newest head of every site, on disk; each site is asked to hold those of the next three sites too.
+
+    What one coordinator forgets, sites remember: a plan hands a site its own newest head, and a site that is
+    behind it refuses to train. Where a coordinator and a site are both set back, the other sites still know.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._heads = _read(path)
+
+    def heads_for(self, site: str, sites: Sequence[str]) -> tuple[SignedHead, ...]:
+        """The heads that go with a site's plan: its own first, then those it is asked to hold."""
+        start = sites.index(site)
+        ring = [sites[(start + step) % len(sites)] for step in range(min(WITNESSES + 1, len(sites)))]
+        return tuple(self._heads[name] for name in ring if name in self._heads)
+
+    def keep(self, header: UpdateHeader) -> str | None:
+        """Take the heads that came with an update; why its own is not acceptable, or None.
+
+        A site's key is the one it first signed with. A witnessed head counts only if it is genuine, by the
+        key known for that site, and newer.
+        """
+        reason = self._reason(header.head, header.site)
+        if reason is not None:
+            return reason
+        kept = [header.head, *(head for head in header.witnessed if self._reason(head, head.site) is None)]
+        self._heads |= {head.site: head for head in kept}
+        write_json(self._path, {site: head.model_dump() for site, head in sorted(self._heads.items())})
+        return None
+
+    def _reason(self, head: SignedHead, site: str) -> str | None:
+        known = self._heads.get(site)
+        if head.site != site or not head_is_genuine(head):
+            return "its ledger head is not signed by its own key"
+        if known is None:
+            return None
+        if head.public_key != known.public_key:
+            return "its ledger head is signed by another key than before"
+        if head.seq < known.seq or (head.seq == known.seq and head.sha256 != known.sha256):
+            return "its ledger is older than one it signed before"
+        return None
+
+
+def _read(path: Path) -> dict[str, SignedHead]:
+    if not path.exists():
+        return {}
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return {site: SignedHead.model_validate(head) for site, head in known.items()}
+    except (ValueError, ValidationError, AttributeError):
+        raise StorageError(
+            "E-HEADS", f"{path}: the sites' ledger heads cannot be read", hint="restore the file from a backup"
+        ) from None

@@ -1,0 +1,71 @@
+"""Ledger heads at the coordinator: the newest of each site, by its own key, also when this coordinator forgot."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cotune.server.witness import Witness
+from cotune.shared.chain import SignedHead
+from cotune.shared.errors import StorageError
+from cotune.shared.update import UpdateHeader
+
+Sign = Callable[[str, int], SignedHead]
+SITES = [f"site-{number}" for number in range(1, 7)]
+EVENT = {"kind": "dp-sgd", "sampling_probability": 0.1, "noise_multiplier": 1.0, "steps": 2}
+
+
+def header(head: SignedHead, site: str = "site-1", witnessed: tuple[SignedHead, ...] = ()) -> UpdateHeader:
+    sha256 = "0" * 64
+    return UpdateHeader(
+        site=site, round=1, job_sha256=sha256, base_sha256=sha256, update_sha256=sha256, event=EVENT,
+        head=head, witnessed=witnessed,
+    )  # fmt: skip
+
+
+def test_a_site_gets_its_own_head_and_those_of_the_next_three(tmp_path: Path, sign_head: Sign) -> None:
+    witness = Witness(tmp_path / "heads.json")
+    for site in SITES:
+        assert witness.keep(header(sign_head(site, 4), site)) is None
+    again = Witness(tmp_path / "heads.json")
+    assert [head.site for head in again.heads_for("site-5", SITES)] == ["site-5", "site-6", "site-1", "site-2"]
+    assert [head.site for head in again.heads_for("site-1", SITES[:1])] == ["site-1"]
+
+
+def test_an_older_head_a_forged_one_and_another_key_are_refused(tmp_path: Path, sign_head: Sign) -> None:
+    witness = Witness(tmp_path / "heads.json")
+    newest = sign_head("site-1", 5)
+    assert witness.keep(header(newest)) is None
+    assert witness.keep(header(newest)) is None  # the same update, sent again
+    assert witness.keep(header(sign_head("site-1", 4))) == "its ledger is older than one it signed before"
+    fork = newest.model_copy(update={"sha256": "f" * 64})
+    stolen = sign_head("site-2", 9).model_copy(update={"site": "site-1"})
+    for forged in (fork, stolen, newest.model_copy(update={"seq": 6}), sign_head("site-2", 9)):
+        assert witness.keep(header(forged)) == "its ledger head is not signed by its own key"
+    other = sign_head("stranger", 9)
+    known = Witness(tmp_path / "heads.json").heads_for("site-1", SITES)
+    assert known == (newest,)
+    assert other.public_key != newest.public_key
+
+
+def test_a_fork_signed_by_the_site_itself_is_refused(tmp_path: Path, sign_head: Sign) -> None:
+    (tmp_path / "heads.json").write_text(
+        '{"site-1": ' + sign_head("site-1", 5).model_copy(update={"sha256": "f" * 64}).model_dump_json() + "}"
+    )
+    witness = Witness(tmp_path / "heads.json")
+    assert witness.keep(header(sign_head("site-1", 5))) == "its ledger is older than one it signed before"
+
+
+def test_what_one_coordinator_forgot_the_other_sites_bring_back(tmp_path: Path, sign_head: Sign) -> None:
+    forgetful = Witness(tmp_path / "heads.json")
+    forgetful.keep(header(sign_head("site-1", 3)))
+    held = (sign_head("site-1", 8), sign_head("site-3", 2).model_copy(update={"seq": 3}))
+    assert forgetful.keep(header(sign_head("site-2", 4), "site-2", held)) is None
+    assert forgetful.heads_for("site-1", SITES)[0].seq == 8
+    assert "site-3" not in {head.site for head in forgetful.heads_for("site-1", SITES)}
+
+
+def test_heads_that_cannot_be_read_are_an_error_not_a_fresh_start(tmp_path: Path) -> None:
+    (tmp_path / "heads.json").write_text("{")
+    with pytest.raises(StorageError, match=r"heads\.json"):
+        Witness(tmp_path / "heads.json")
