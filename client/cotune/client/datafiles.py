@@ -35,6 +35,7 @@ class DataFiles:
     def make_salt(home: Path) -> None:
         """Give a new home its salt."""
         write_atomic(home / "data.salt", secrets.token_bytes(SALT_BYTES))
+        (home / "data.salt").chmod(0o600)
 
     def path(self, dataset: DatasetPolicy) -> Path:
         """A data set's file; a relative path starts at the home."""

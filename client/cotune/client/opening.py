@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cotune.client.checks import Finding, RecordFile, check_file, check_units, read_file, unit_error
+from cotune.client.data import unit_of
 from cotune.client.home import SiteHome, refuse_taken
 from cotune.client.policy import POLICY_FILE, DatasetPolicy
 from cotune.shared.errors import PrivacyError
@@ -48,12 +49,13 @@ def _checked(dataset: DatasetPolicy) -> list[Finding]:
 
 
 def _check_delta(dataset: DatasetPolicy, file: RecordFile) -> None:
-    """Rows are at least as many as units, so a delta below 1 over the rows is low enough."""
-    delta, rows = dataset.budget.delta_total, len(file.records)
-    if delta * rows >= 1:
+    column, delta = dataset.unit_column, dataset.budget.delta_total
+    records = file.records.values()
+    units = len({unit_of(record, column, row) for row, record in enumerate(records)}) if column else len(records)
+    if delta * units >= 1:
         raise PrivacyError(
             "E-DELTA",
-            f"delta_total = {delta:g} is not below 1 over the number of records: one could be published whole",
+            f"delta_total = {delta:g} is not below 1 over the units of the data set: one could be published whole",
             param="delta_total",
-            hint=f"--delta-total {0.1 / rows:.1g}",
+            hint=f"--delta-total {0.1 / units:.1g}",
         )

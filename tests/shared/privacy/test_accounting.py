@@ -30,7 +30,7 @@ REFERENCE = json.loads((Path(__file__).parents[2] / "vectors" / "accounting.json
 VECTORS: list[dict[str, Any]] = REFERENCE["vectors"]
 ALL: list[dict[str, Any]] = [*VECTORS, *REFERENCE["heterogeneous"]]
 CAPS: dict[str, float] = REFERENCE["extra_vectors"]["truncated_poisson_pld"]["cap_to_eps"]
-LONG = {"V01", "V02", "V04", "V05", "V07", "V10", "V11", "V14", "V15", "H01", "H02"}  # a second or so each
+LONG = {"V01", "V02", "V04", "V05", "V07", "V10", "V11", "V12", "V14", "V15", "H01", "H02"}  # a second or so each
 
 
 def ids(vectors: list[dict[str, Any]]) -> Any:
@@ -184,6 +184,7 @@ def test_a_site_in_every_round_spends_more_than_was_planned_for_one_in_every_sec
     assert epsilon([event(0.05, noise, 1000)], 1e-5) == pytest.approx(8.77, abs=5e-3)
 
 
+@pytest.mark.slow
 def test_accuracies_released_on_private_records_are_not_free() -> None:
     """Twenty counts of right answers, each a Gaussian release of everybody."""
     training, releases = event(0.02, 1.10205, 600), 20
@@ -195,7 +196,7 @@ def test_accuracies_released_on_private_records_are_not_free() -> None:
 # The contract of every accountant
 
 
-@every_epsilon
+@every_accountant
 def test_the_order_of_events_does_not_change_the_cost(price: Any) -> None:
     assert price(MIXED, 1e-5) == price(MIXED[::-1], 1e-5)
 
@@ -270,6 +271,7 @@ def test_without_sampling_the_curve_is_the_exact_gaussian_one(one: DpSgdEvent) -
         assert power == pytest.approx(float(norm.cdf(norm.ppf(rate) + mu)), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_the_curve_of_almost_everybody_bounds_the_gaussian_curve_from_below_and_hugs_it() -> None:
     exact = dict(tradeoff_curve([event(1.0, 10.0, 30)], RATES))
     for rate, power in tradeoff_curve([event(1 - 1e-9, 10.0, 30)], RATES):

@@ -28,7 +28,7 @@ SUBJECT = ClaimSubject(
     {"site-1": HEAD},
 )
 DATA = {"train": "nowhere.jsonl", "records_per_site": 30}
-QUIET = {"epsilon": 1.2, "noise_multiplier": 3.0}  # quick to account
+QUIET = {"epsilon": 1.2, "noise_multiplier": 6.0}  # quick to account
 
 
 def entries(job: Job, rounds: int) -> list[dict[str, Any]]:
@@ -81,14 +81,14 @@ def test_the_runs_epsilon_is_the_largest_sites(job: Job) -> None:
 
 
 def test_epsilon_comes_from_the_events_and_not_from_what_the_job_says(job: Job) -> None:
-    worse = [{"round": 1, "event": {**entries(job, 1)[0]["event"], "steps": 50}}]
+    worse = [{"round": 1, "event": {**entries(job, 1)[0]["event"], "steps": 200}}]
     claim = build_claim(job, {"site-1": worse}, SUBJECT)
     events = events_of(worse)
     delta = float(job.privacy.delta)
     assert claim["guarantee"]["epsilon"] == epsilon(events, delta) > job.privacy.epsilon
     assert claim["guarantee"]["epsilon_replace_one"] == epsilon_replace_one(events, delta)
     assert claim["guarantee"]["epsilon_second_accountant"] == epsilon_by_prv(events, delta)
-    assert claim["sites"][0]["steps"] == 50
+    assert claim["sites"][0]["steps"] == 200
     assert claim["guarantee"]["target_epsilon"] == job.privacy.epsilon
 
 

@@ -166,6 +166,7 @@ def test_without_a_cap_zeroing_a_unit_is_adding_or_removing_one(cost: float) -> 
     assert both[0] == both[1]
 
 
+@pytest.mark.slow
 def test_no_test_of_one_capped_step_beats_the_curve() -> None:
     one = capped(0.3, 4.0, 1, 4, 12)
     first, second = worlds(one, 1, -1.0)
