@@ -118,6 +118,13 @@ def test_with_a_cap_the_second_opinion_is_above_the_figure_by_no_more_than_its_e
     assert cost <= epsilon_by_prv(events, 1e-4) <= cost + 2 * PRV_ERROR
 
 
+def test_with_little_noise_a_cap_still_has_a_second_opinion_of_its_own() -> None:
+    """Renyi orders that do not converge once left losses in the thousands, and the looser Renyi figure instead."""
+    events = [capped(0.08, 0.6, 40, 28, 200)]
+    rough = rough_epsilon(events, 5e-4)
+    assert rough * (1 - 3e-4) <= epsilon_by_prv(events, 5e-4) <= rough + 2 * PRV_ERROR < epsilon_by_rdp(events, 5e-4)
+
+
 @pytest.mark.parametrize(
     "price", [pytest.param(epsilon_by_prv, marks=pytest.mark.slow), epsilon_by_rdp], ids=["prv", "rdp"]
 )

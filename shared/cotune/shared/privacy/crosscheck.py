@@ -107,6 +107,7 @@ def _renyi(events: tuple[PrivateEvent, ...], orders: NDArray[np.float64], shift:
         plain = rdp.RdpAccountant(orders.tolist())
         plain.compose(dp_event.PoissonSampledDpEvent(q, dp_event.GaussianDpEvent(noise)))
         one: NDArray[np.float64] = np.asarray(plain.rdp, dtype=np.float64)
+        one = np.minimum.accumulate(one[::-1])[::-1]  # it grows with the order: the next one bounds one left out
         if isinstance(event, TruncatedDpSgdEvent):
             one = _with_cap(one, orders, event, shift)
         total += event.steps * one
