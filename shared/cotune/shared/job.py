@@ -111,7 +111,9 @@ class TrainSettings(_Section):
 
     batch_size: int = Field(64, ge=1, description="expected Poisson batch, in units; also the public normaliser")
     max_batch_size: int | None = Field(
-        None, ge=1, description="cap of a batch (truncated Poisson, zero-out adjacency); 1.75 batch_size is nearly free from 64 up"
+        None,
+        ge=1,
+        description="cap of a batch (truncated Poisson, zero-out adjacency); from 64 up 1.75 times costs nothing",
     )
     local_steps: int = Field(4, ge=1, description="noisy steps a site takes in a round")
     learning_rate: float = Field(1.0, gt=0)
