@@ -13,7 +13,7 @@ from cotune.shared.job import Job
 from cotune.shared.methods import layout_of
 from cotune.shared.model import BaseModel, load_model
 from cotune.shared.plan import RoundPlan, cotune_version
-from cotune.shared.privacy.accounting import epsilon
+from cotune.shared.privacy.accounting import epsilon, epsilon_replace_one
 from cotune.shared.privacy.calibration import calibrate_noise, calibrate_steps
 from cotune.shared.privacy.event import Event
 from cotune.shared.privacy.group import epsilon_group
@@ -143,6 +143,11 @@ def costs_by_person(job: Job) -> dict[int, float]:
         return dict.fromkeys(PERSONS, epsilon([event], delta))
     most = job.data.max_per_unit or max(PERSONS)
     return {count: epsilon_group([event], delta, count) for count in PERSONS if count <= most}
+
+
+def cost_of_replacing(job: Job) -> float:
+    """Epsilon of a whole resolved run for neighbours in which one unit is replaced by another."""
+    return epsilon_replace_one([run_event(job)], _number(job.privacy.delta))
 
 
 def make_plan(job: Job, base: BaseModel) -> Plan:

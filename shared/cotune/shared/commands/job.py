@@ -92,14 +92,17 @@ def plan(
     made = planning.make_plan(resolved, base)
     expected = outlook(resolved, base, made.trained_parameters)
     persons = planning.costs_by_person(resolved) if expected else {}
+    replaced = planning.cost_of_replacing(resolved) if expected else None
     data = {
         **made.to_dict(),
         "job_sha256": resolved.sha256(),
         "model_sha256": base.sha256,
+        "epsilon_replace_one": replaced,
         "epsilon_by_records_of_a_person": persons,
         "outlook": asdict(expected) if expected else None,
     }
-    show(data, as_json=as_json, text="\n".join([*_plan_lines(resolved, made), *_outlook_lines(persons, expected)]))
+    lines = [*_plan_lines(resolved, made), *_outlook_lines(persons, replaced, expected)]
+    show(data, as_json=as_json, text="\n".join(lines))
 
 
 def _plan_lines(job: Job, made: Plan) -> list[str]:
@@ -129,12 +132,13 @@ def _plan_lines(job: Job, made: Plan) -> list[str]:
     ]
 
 
-def _outlook_lines(persons: Mapping[int, float], expected: Outlook | None) -> list[str]:
-    if expected is None:
+def _outlook_lines(persons: Mapping[int, float], replaced: float | None, expected: Outlook | None) -> list[str]:
+    if expected is None or replaced is None:
         return []
     costs = "  ".join(f"{count}: {cost:.2f}" for count, cost in persons.items())
     lines = [
         f"epsilon of people {costs}   (by their number of records at a site)",
+        f"if one is replaced {replaced:.2f} instead (neighbours differ in a unit's content, not in its presence)",
         f"noise to signal   {expected.step:.2f} a step, {expected.run:.2f} over the run"
         " (noise beside the most the data can say; near 1 little is learnt)",
     ]
