@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,9 @@ def test_a_base_in_four_bits_is_frozen_and_its_adapter_in_float32(make_job: Any)
     assert all(bool(g.isfinite().all()) and g.dtype == torch.float32 for g in found.gradients.values())
 
 
-def test_a_head_learns_in_single_precision_whatever_goes_into_it() -> None:
-    head = nn.Linear(3, 2).bfloat16()
+@pytest.mark.parametrize("head", [nn.Linear(3, 2), nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))])
+def test_a_head_learns_in_single_precision_whatever_goes_into_it(head: nn.Module) -> None:
+    head = copy.deepcopy(head).bfloat16()
     keep_float32([head, None])
     assert {parameter.dtype for parameter in head.parameters()} == {torch.float32}
     assert head(torch.ones(1, 3, dtype=torch.bfloat16)).dtype == torch.float32

@@ -51,8 +51,9 @@ def keep_float32(heads: Iterable[nn.Module | None]) -> None:
     """Make trained heads fp32, and what goes into them: a base in bf16 must not round what is learnt."""
     for head in heads:
         if head is not None:
-            head.float().register_forward_pre_hook(_as_the_weight)
+            head.float().register_forward_pre_hook(_as_the_weights)
 
 
-def _as_the_weight(head: Any, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(value.to(head.weight.dtype) for value in values)
+def _as_the_weights(head: nn.Module, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    dtype = next(head.parameters()).dtype  # a head may be several layers, as RoBERTa's is
+    return tuple(value.to(dtype) for value in values)
