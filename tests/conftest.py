@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -46,6 +47,8 @@ MakeJob = Callable[..., Job]
 def pytest_configure() -> None:
     """One thread a process, also in those that tests start: they run beside each other, on machines of any speed."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background: children would not hear it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("any speed")
 

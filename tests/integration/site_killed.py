@@ -41,7 +41,7 @@ from cotune.shared.privacy.mechanism import mechanism_of
 from cotune.shared.records import read_records
 
 NAME = "site-1"
-LONGEST_S = 0.25
+ROUNDS = 4  # about as many as a process gets done before it is killed, at most
 PARENT = os.getpid()
 
 
@@ -147,6 +147,18 @@ class Victim:
             os.kill(child, signal.SIGKILL)
         return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
+    def pace(self) -> float:
+        """How long a process takes here to start and train some rounds, in seconds."""
+        before, started = len(self.updates()), time.monotonic()
+        child = os.fork()
+        if child == 0:
+            self.train()
+        while len(self.updates()) < before + ROUNDS:
+            time.sleep(0.002)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return time.monotonic() - started
+
     def faults(self) -> list[str]:
         """What must never be, judged from the bytes on the disk before anybody mends them."""
         content = (self.home / "ledger.jsonl").read_bytes()
@@ -176,8 +188,9 @@ def main() -> None:
         if not victim.kill(None, prepare_death):
             survived.append(name)
         faults += [f"{name}: {fault}" for fault in victim.faults()]
+    longest = victim.pace()
     for number in range(kills):
-        if not victim.kill(chance.uniform(0, LONGEST_S)):
+        if not victim.kill(chance.uniform(0, longest)):
             survived.append(f"kill {number}")
         faults += [f"kill {number}: {fault}" for fault in victim.faults()]
     entries = SiteHome.open(victim.home).ledger.entries
