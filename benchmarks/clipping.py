@@ -36,10 +36,10 @@ from variants import UNCLIPPED, VARIANTS, Case, Variant
 RESULTS = Path(__file__).parent / "results"
 TIME_TARGET, MEMORY_TARGET = 1.10, 1.15
 CPU = (
-    Case("llama-9m-random", 128, 16, repeats=11, others=3),
-    Case("llama-9m-random", 512, 4, repeats=11, others=3),
-    Case("smollm2-135m-shape", 128, 8, repeats=5, others=1),
-    Case("smollm2-135m-shape", 512, 2, repeats=5, others=1),
+    Case("llama-9m-random", 128, 16, repeats=9, others=3),
+    Case("llama-9m-random", 512, 4, repeats=9, others=3),
+    Case("smollm2-135m-shape", 128, 8, repeats=4, others=1),
+    Case("smollm2-135m-shape", 512, 2, repeats=4, others=1),
 )
 QUICK = (Case("llama-9m-random", 128, 8, repeats=3), Case("llama-9m-random", 512, 2, repeats=3))
 CUDA = (
