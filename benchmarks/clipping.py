@@ -68,7 +68,7 @@ Gradients = dict[str, Tensor]
 def main() -> None:
     """Measure, print a table a case, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the small model, few repeats: under a minute")
+    parser.add_argument("--quick", action="store_true", help="the small model, few repeats: about a minute")
     parser.add_argument("--out", type=Path, help="JSON file; default results/clipping-MACHINE.json, none if --quick")
     options = parser.parse_args()
     _one_thread()
