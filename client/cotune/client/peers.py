@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from cotune.shared.chain import SignedHead, head_is_genuine
-from cotune.shared.errors import StorageError
-from cotune.shared.files import write_json
+from cotune.shared.chain import SignedHead, head_is_genuine, read_heads, write_heads
 
 MAX_PEERS = 1000
 
@@ -28,17 +23,7 @@ class Peers:
         Raises:
             StorageError: The file is damaged.
         """
-        if not self.path.exists():
-            return {}
-        try:
-            known = json.loads(self.path.read_bytes())
-            return {site: SignedHead.model_validate(head) for site, head in known.items()}
-        except (OSError, ValueError, ValidationError, AttributeError):
-            raise StorageError(
-                "E-HEADS",
-                f"{self.path}: the heads of other sites cannot be read",
-                hint="restore the file from a backup, or remove it: other sites hold copies",
-            ) from None
+        return read_heads(self.path, "restore the file from a backup, or remove it: other sites hold copies")
 
     def keep(self, heads: Iterable[SignedHead]) -> None:
         """Take in heads that are genuine and newer.
@@ -59,4 +44,4 @@ class Peers:
             if newer and head_is_genuine(head):
                 known[head.site] = head
         if known != before:
-            write_json(self.path, {site: head.model_dump() for site, head in sorted(known.items())})
+            write_heads(self.path, known)

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
-from cotune.shared.job import Job, SiteName
+from cotune.shared.job import Job, Section, SiteName, Unit, column_of
 from cotune.shared.jobfile import SettingsKind, parse_text, validate
+from cotune.shared.privacy.crosscheck import REFUSED
 from cotune.shared.privacy.mechanism import MIN_NOISE_MULTIPLIER
 
 NO_BUDGET_BY = {
-    "gdp": "the central limit theorem gives no bound: it reports as little as 0.43 of the true epsilon",
-    "clt": "the central limit theorem gives no bound: it reports as little as 0.43 of the true epsilon",
+    **REFUSED,
     "rdp": "a valid bound, but a loose one: it is the cross-check of `cotune verify`",
     "prv": "it is the cross-check of `cotune verify`, so it cannot be the figure too",
 }
@@ -32,16 +32,11 @@ def _priced_by(name: object) -> object:
 
 
 DatasetId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")]
-Unit = Annotated[str, StringConstraints(pattern=r"^(record|column:\S.*)$")]
 ModelId = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 Signer = Annotated[str, StringConstraints(pattern=r"^ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI[A-Za-z0-9+/]{43}( .*)?$")]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class SiteSection(_Section):
+class SiteSection(Section):
     """Who the site is."""
 
     name: SiteName
@@ -50,7 +45,7 @@ class SiteSection(_Section):
     simulated: bool = False
 
 
-class Budget(_Section):
+class Budget(Section):
     """What may ever be spent of a data set, per unit of that data set.
 
     Attributes:
@@ -72,7 +67,7 @@ class Budget(_Section):
         return self
 
 
-class DatasetPolicy(_Section):
+class DatasetPolicy(Section):
     """One data set, whom its rows belong to, and its budget.
 
     Attributes:
@@ -92,7 +87,7 @@ class DatasetPolicy(_Section):
     @property
     def unit_column(self) -> str | None:
         """The column that says whose a row is; None where a row is its own unit."""
-        return self.unit.removeprefix("column:") if self.unit != "record" else None
+        return column_of(self.unit)
 
     @model_validator(mode="after")
     def _consistent(self) -> DatasetPolicy:
@@ -101,13 +96,13 @@ class DatasetPolicy(_Section):
         return self
 
 
-class ApproveSection(_Section):
+class ApproveSection(Section):
     """Who says yes to a job that breaks no rule."""
 
     mode: Literal["manual", "auto-within-policy"] = "manual"
 
 
-class AllowSection(_Section):
+class AllowSection(Section):
     """What a job may bring. An empty list allows nothing, but for `signers`: none listed, none asked for."""
 
     models: tuple[ModelId, ...] = ()
@@ -116,7 +111,7 @@ class AllowSection(_Section):
     signers: tuple[Signer, ...] = ()
 
 
-class RequireSection(_Section):
+class RequireSection(Section):
     """What a job must have. `level` is at least "unit" wherever a data set names its persons."""
 
     min_sites: int = Field(1, ge=1)
@@ -125,13 +120,13 @@ class RequireSection(_Section):
     level: Literal["unit", "example"] = "example"
 
 
-class ReleaseSection(_Section):
+class ReleaseSection(Section):
     """What else may leave, beside noised updates."""
 
     train_metrics: Literal["none", "noised"] = "none"
 
 
-class Policy(_Section):
+class Policy(Section):
     """A site's policy file. Frozen: whoever changes the file changes the policy, and the ledger says so."""
 
     schema_: Literal[1] = Field(1, alias="schema")

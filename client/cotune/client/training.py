@@ -19,10 +19,10 @@ from cotune.client.noise import draw_noise, privatise
 from cotune.client.randomness import RandomStream
 from cotune.client.sampling import draw_batch
 from cotune.shared.adapter import Layout
-from cotune.shared.features import Features, passes
+from cotune.shared.features import Features
 from cotune.shared.job import Job, TrainSettings
 from cotune.shared.methods import layout, trainable
-from cotune.shared.network import Network, padded_length
+from cotune.shared.network import Network, padded_length, passes
 from cotune.shared.privacy.mechanism import Mechanism
 
 FINAL_RATE = 0.1
@@ -97,7 +97,9 @@ class Trainer:
         at_once = self._job.train.microbatch
         if data.units < len(data.examples):  # gradients are held until a unit's last example
             at_once = max(1, HELD_BYTES // (8 * self.layout.size))
-        units = sorted((int(unit) for unit in batch), key=lambda unit: _padded(data, data.rows(unit)[-1]))
+        units = sorted(
+            (int(unit) for unit in batch), key=lambda unit: padded_length(len(data.examples[data.rows(unit)[-1]].ids))
+        )
         total = ClippedSum.zero(self.layout.size)
         for start in range(0, len(units), at_once):
             total = total + clipped_sum(self._per_unit(units[start : start + at_once], data, features), mechanism)
@@ -115,17 +117,13 @@ class Trainer:
         rows = np.concatenate([data.rows(unit) for unit in units])
         owners = np.repeat(np.arange(len(units)), [len(data.rows(unit)) for unit in units])
         total: PerUnit | None = None
-        for places in passes([_padded(data, row) for row in rows], self._job.train.microbatch):
+        for places in passes([data.examples[row] for row in rows], self._job.train.microbatch):
             some = [int(row) for row in rows[places]]
             found = self._gradients.of([data.examples[row] for row in some], features.of(some))
             part = sum_by_unit(found, owners[places], len(units))
             total = part if total is None else total + part
         assert total is not None  # noqa: S101 - a chunk has a unit, and a unit an example
         return total
-
-
-def _padded(data: SiteExamples, row: int) -> int:
-    return padded_length(len(data.examples[row].ids))
 
 
 def learning_rate(job: Job, step: int) -> float:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cotune.server.admission import reason_to_reject
@@ -122,7 +122,7 @@ class Coordinator:
         self._require(admitted, refusals, number)
         arrays = {**progress.arrays, **self._layout.unflatten(flat + aggregate.result())}
         self._run.emit("round", f"round {number}: {admitted} updates joined", round=number, admitted=admitted)
-        norm = _geometric_mean(norms) or progress.clipping_norm
+        norm = geometric_mean(norms) if norms else progress.clipping_norm
         return replace(progress, round=number, arrays=arrays, clipping_norm=norm, traffic=traffic)
 
     def _collect_ledgers(self, fleet: Fleet) -> None:
@@ -212,11 +212,6 @@ class Coordinator:
             seconds=round(time.monotonic() - started, 3),
         )
         return result
-
-
-def _geometric_mean(values: Sequence[float]) -> float | None:
-    """Mean of the sites' clipping norms, in the order that does not matter; None if there are none."""
-    return math.exp(math.fsum(math.log(value) for value in values) / len(values)) if values else None
 
 
 def _plus(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:

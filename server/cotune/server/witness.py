@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from cotune.shared.chain import SignedHead, head_is_genuine
-from cotune.shared.errors import StorageError
-from cotune.shared.files import write_json
+from cotune.shared.chain import WITNESSES, SignedHead, head_is_genuine, read_heads, write_heads
 from cotune.shared.update import UpdateHeader
-
-WITNESSES = 3
 
 
 class Witness:
@@ -25,7 +18,7 @@ class Witness:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._heads = _read(path)
+        self._heads = read_heads(path, "restore the file from a backup")
 
     def heads_for(self, site: str, sites: Sequence[str]) -> tuple[SignedHead, ...]:
         """The heads that go with a site's plan: its own first, then those it is asked to hold."""
@@ -44,7 +37,7 @@ class Witness:
             return reason
         kept = [header.head, *(head for head in header.witnessed if self._reason(head, head.site) is None)]
         self._heads |= {head.site: head for head in kept}
-        write_json(self._path, {site: head.model_dump() for site, head in sorted(self._heads.items())})
+        write_heads(self._path, self._heads)
         return None
 
     def _reason(self, head: SignedHead, site: str) -> str | None:
@@ -58,15 +51,3 @@ class Witness:
         if head.seq < known.seq or (head.seq == known.seq and head.sha256 != known.sha256):
             return "its ledger is older than one it signed before"
         return None
-
-
-def _read(path: Path) -> dict[str, SignedHead]:
-    if not path.exists():
-        return {}
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        return {site: SignedHead.model_validate(head) for site, head in known.items()}
-    except (ValueError, ValidationError, AttributeError):
-        raise StorageError(
-            "E-HEADS", f"{path}: the sites' ledger heads cannot be read", hint="restore the file from a backup"
-        ) from None

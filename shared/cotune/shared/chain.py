@@ -10,11 +10,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from cotune.shared.errors import StorageError
+from cotune.shared.files import write_json
 from cotune.shared.job import Sha256, SiteName
 from cotune.shared.privacy.event import Event, event_from_dict
 from cotune.shared.signing import verify
@@ -22,9 +24,10 @@ from cotune.shared.signing import verify
 Action = Literal[
     "site.init", "policy.change", "data.register", "data.change",
     "job.received", "job.approved", "job.denied", "job.refused",
-    "budget.reserve", "budget.commit", "ledger.repair", "head.received",
+    "budget.reserve", "budget.commit", "ledger.repair",
 ]  # fmt: skip
 PublicKey = Annotated[str, StringConstraints(pattern=r"^ssh-ed25519 [A-Za-z0-9+/]{68}$")]
+WITNESSES = 3  # other sites that hold a site's newest head
 BEFORE_THE_FIRST = "0" * 64
 ACTIONS = frozenset(get_args(Action))
 RESTORE = (
@@ -62,6 +65,26 @@ def head_is_genuine(head: SignedHead) -> bool:
     """Whether the head was signed by the key it names. Whose key that is, the caller knows."""
     message = head_message(head.site, head.seq, head.sha256)
     return verify(head.public_key, "cotune-head", message, head.signature)
+
+
+def read_heads(path: Path, hint: str) -> dict[str, SignedHead]:
+    """The heads a file keeps, by site; none if there is no file.
+
+    Raises:
+        StorageError: The file is damaged (E-HEADS).
+    """
+    if not path.exists():
+        return {}
+    try:
+        known = json.loads(path.read_bytes())
+        return {site: SignedHead.model_validate(head) for site, head in known.items()}
+    except (OSError, ValueError, AttributeError):
+        raise StorageError("E-HEADS", f"{path}: the sites' ledger heads cannot be read", hint=hint) from None
+
+
+def write_heads(path: Path, heads: Mapping[str, SignedHead]) -> None:
+    """Keep heads in a file, in place of those it had."""
+    write_json(path, {site: head.model_dump() for site, head in sorted(heads.items())})
 
 
 @dataclass(frozen=True)

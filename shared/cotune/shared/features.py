@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from cotune.shared.adapter import Vector
 from cotune.shared.examples import Example
 from cotune.shared.files import storage_errors
-from cotune.shared.network import Network, padded_length
+from cotune.shared.network import Network, passes
 
 MAX_BYTES = 8 * 2**30
 CHUNK = 16
@@ -44,8 +44,8 @@ class Features:
         """Outputs of these rows, shape (tokens, hidden_size) each, or None when nothing is kept."""
         if not self._kept:
             return None
-        missing = sorted((row for row in rows if not self._known[row]), key=self._padded)
-        for places in passes([self._padded(row) for row in missing], CHUNK):
+        missing = [row for row in rows if not self._known[row]]
+        for places in passes([self._examples[row] for row in missing], CHUNK):
             chunk = [missing[place] for place in places]
             for row, hidden in zip(chunk, self._network.encode([self._examples[r] for r in chunk]), strict=True):
                 self._values[self._span(row)] = hidden
@@ -55,22 +55,9 @@ class Features:
     def _length(self, row: int) -> int:
         return len(self._examples[row].ids)
 
-    def _padded(self, row: int) -> int:
-        return padded_length(self._length(row))
-
     def _span(self, row: int) -> slice:
         end = int(self._ends[row])
         return slice(end - self._length(row), end)
-
-
-def passes(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Places of equal length, in order of first appearance, at most so many together."""
-    places: dict[int, list[int]] = {}
-    for place, length in enumerate(lengths):
-        places.setdefault(length, []).append(place)
-    for group in places.values():
-        for start in range(0, len(group), most):
-            yield group[start : start + most]
 
 
 def _array(folder: Path | None, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:

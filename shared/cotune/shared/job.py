@@ -18,15 +18,23 @@ from cotune.shared.errors import JobError
 
 Auto = Literal["auto"]
 SiteName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
+Unit = Annotated[str, StringConstraints(pattern=r"^(record|column:\S.*)$")]
 HOME = "home:"  # before a path: the home folder of a site, whose own policy says where its records are
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Section(BaseModel):
+def column_of(unit: str) -> str | None:
+    """The column that says whose a row is; None for ``record``, where a row is its own unit."""
+    return unit.removeprefix("column:") if unit != "record" else None
+
+
+class Section(BaseModel):
+    """Settings of a file: none unknown, none changed, no NaN."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class RunSettings(_Section):
+class RunSettings(Section):
     """What is run, and how long."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "run"
@@ -34,7 +42,7 @@ class RunSettings(_Section):
     rounds: int = Field(4, ge=1, le=100_000)
 
 
-class ModelSettings(_Section):
+class ModelSettings(Section):
     """The frozen base model, known by its hash."""
 
     base: str = Field(description="hub id | folder | pypi:NAME[==VERSION] | file.gguf", min_length=1)
@@ -44,7 +52,7 @@ class ModelSettings(_Section):
     quantize: Literal["none", "4bit"] = Field("none", description="4bit: needs a GPU and bitsandbytes")
 
 
-class TaskSettings(_Section):
+class TaskSettings(Section):
     """What the model learns to do."""
 
     kind: Literal["completion", "classify"] = "completion"
@@ -52,7 +60,7 @@ class TaskSettings(_Section):
     end_token: bool = Field(True, description="completion: also learn to stop after the answer")
 
 
-class LoraSettings(_Section):
+class LoraSettings(Section):
     """The adapter that is trained."""
 
     r: int = Field(8, ge=1, le=1024, description="rank")
@@ -62,7 +70,7 @@ class LoraSettings(_Section):
     freeze_a: bool = Field(True, description="A orthonormal and frozen, only B trained: the exact average (FFA)")
 
 
-class DataSettings(_Section):
+class DataSettings(Section):
     """Whose records: one file to be split over sites, or one file a site."""
 
     train: str | None = Field(
@@ -78,9 +86,7 @@ class DataSettings(_Section):
     records_per_site: int = Field(
         description="public and agreed: the number of records a site is assumed to hold", ge=1
     )
-    unit: Annotated[str, StringConstraints(pattern=r"^(record|column:\S.*)$")] = Field(
-        "record", description="whom a row belongs to: itself, or column:NAME, the person's id"
-    )
+    unit: Unit = Field("record", description="whom a row belongs to: itself, or column:NAME, the person's id")
     max_per_unit: int | None = Field(None, ge=1, description="rows of one person used, at most")
     units_per_site: int | None = Field(
         None, ge=1, description='public and agreed: persons at a site; needed for privacy.level = "unit"'
@@ -91,7 +97,7 @@ class DataSettings(_Section):
     @property
     def unit_column(self) -> str | None:
         """The column that says whose a row is; None where a row is its own unit."""
-        return self.unit.removeprefix("column:") if self.unit != "record" else None
+        return column_of(self.unit)
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSettings:
@@ -106,7 +112,7 @@ class DataSettings(_Section):
         return self
 
 
-class TrainSettings(_Section):
+class TrainSettings(Section):
     """DP-SGD at a site."""
 
     batch_size: int = Field(64, ge=1, description="expected Poisson batch, in units; also the public normaliser")
@@ -125,7 +131,7 @@ class TrainSettings(_Section):
     compile: bool = Field(False, description="torch.compile the model")
 
 
-class PrivacySettings(_Section):
+class PrivacySettings(Section):
     """What is promised, and about whom."""
 
     level: Literal["example", "unit", "none"] = Field(
@@ -144,7 +150,7 @@ class PrivacySettings(_Section):
     noise: Literal["secure", "test"] = Field("secure", description="test: seeded, reproducible, NOT private")
 
 
-class FederationSettings(_Section):
+class FederationSettings(Section):
     """Who takes part and how updates are joined."""
 
     sites: int = Field(4, ge=1, le=100_000, description="how many sites data.train is split over")
@@ -154,7 +160,7 @@ class FederationSettings(_Section):
     max_update_norm: float = Field(1e4, gt=0, description="an update longer than this is not admitted")
 
 
-class EvalSettings(_Section):
+class EvalSettings(Section):
     """Public held-out data the coordinator scores every global adapter on."""
 
     data: str | None = Field(None, min_length=1, description="JSONL, or dataset:NAME/FILE")
@@ -163,14 +169,14 @@ class EvalSettings(_Section):
     choices: tuple[str, ...] | Auto = Field("auto", description="answers ranked; auto: the file's own, if few")
 
 
-class SimulationSettings(_Section):
+class SimulationSettings(Section):
     """How many sites train at once on this machine."""
 
     workers: int | Auto = "auto"
     threads: int | Auto = Field("auto", description="torch threads a worker; auto: cores // workers")
 
 
-class Job(_Section):
+class Job(Section):
     """A whole job. Public by construction: it is shown to every site and to the coordinator."""
 
     schema_: Literal[1] = Field(1, alias="schema")
@@ -206,12 +212,16 @@ class Job(_Section):
             )
         if self.train.optimizer != "sgd" and self.train.momentum:
             raise ValueError('train.momentum belongs to train.optimizer = "sgd"')
-        sites = len(self.data.sites) or self.federation.sites
-        if self.federation.min_sites > sites:
-            raise ValueError(f"federation.min_sites exceeds the {sites} sites there are")
-        if self.data.sites_per_unit > sites:
-            raise ValueError(f"data.sites_per_unit exceeds the {sites} sites there are")
+        if self.federation.min_sites > self.sites:
+            raise ValueError(f"federation.min_sites exceeds the {self.sites} sites there are")
+        if self.data.sites_per_unit > self.sites:
+            raise ValueError(f"data.sites_per_unit exceeds the {self.sites} sites there are")
         return self
+
+    @property
+    def sites(self) -> int:
+        """How many sites the job is about."""
+        return len(self.data.sites) or self.federation.sites
 
     @property
     def steps(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -135,6 +135,16 @@ def padded_length(tokens: int) -> int:
     """
     step = max(8, 2 ** ((tokens - 1).bit_length() - 2))
     return -(-tokens // step) * step
+
+
+def passes(examples: Sequence[Example], most: int) -> Iterator[list[int]]:
+    """Places of examples that are padded alike, at most so many together: what may share a pass."""
+    places: dict[int, list[int]] = {}
+    for place, example in enumerate(examples):
+        places.setdefault(padded_length(len(example.ids)), []).append(place)
+    for group in places.values():
+        for start in range(0, len(group), most):
+            yield group[start : start + most]
 
 
 def mean_by_row(values: Tensor, rows: Tensor, count: int) -> Tensor:

@@ -61,9 +61,8 @@ def outlook(job: Job, base: BaseModel, trained: int) -> Outlook | None:
 
 def _noise_to_signal(job: Job, trained: int) -> float:
     """Norm of a step's noise in the mean over sites, over the clipping norm."""
-    sites = len(job.data.sites) or job.federation.sites
     noise = mechanism_of(job).gradient_noise_multiplier
-    return noise * math.sqrt(trained) / (job.train.batch_size * math.sqrt(sites))
+    return noise * math.sqrt(trained) / (job.train.batch_size * math.sqrt(job.sites))
 
 
 def _tried(job: Job, base: BaseModel) -> Iterator[Advice]:

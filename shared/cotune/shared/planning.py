@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from cotune.shared.chain import WITNESSES
 from cotune.shared.errors import PrivacyError
 from cotune.shared.job import Job
 from cotune.shared.methods import layout_of
@@ -23,7 +24,6 @@ RESERVE = 1 - 1e-9
 ACTIVATION_COPIES = 20  # measured: hidden-sized fp32 arrays a layer keeps for its backward pass
 PERSONS = (1, 2, 4, 8)  # records of a person, as shown
 HEAD_BYTES = 540  # a signed ledger head as JSON
-HEADS = 4  # a site's own, and of the three it witnesses
 EFFICIENCY = 0.8  # measured: share of a matrix product's speed that training on batches of 32 short rows reaches
 
 
@@ -55,8 +55,7 @@ def resolve(job: Job) -> Job:
         PrivacyError: delta lets one record leak whole, or no noise reaches the budget.
     """
     cores = os.cpu_count() or 1
-    sites = len(job.data.sites) or job.federation.sites
-    workers = min(cores, sites) if job.simulation.workers == "auto" else job.simulation.workers
+    workers = min(cores, job.sites) if job.simulation.workers == "auto" else job.simulation.workers
     threads = max(1, cores // workers) if job.simulation.threads == "auto" else job.simulation.threads
     job = job.replace(simulation={"workers": workers, "threads": threads})
     return job if job.privacy.level == "none" else _resolve_privacy(job)
@@ -64,7 +63,7 @@ def resolve(job: Job) -> Job:
 
 def _resolve_privacy(job: Job) -> Job:
     limit = 1 / job.units_per_site
-    delta = 1 / (10 * job.units_per_site) if job.privacy.delta == "auto" else job.privacy.delta
+    delta = _delta(job)
     if not 0 < delta < limit:
         raise PrivacyError(
             "E-DELTA",
@@ -77,14 +76,22 @@ def _resolve_privacy(job: Job) -> Job:
     if noise != "auto" and noise < MIN_NOISE_MULTIPLIER:
         raise _too_little(f"is below {MIN_NOISE_MULTIPLIER:g}: no budget allows that", noise)
     if noise == "auto":
-        target = job.privacy.epsilon * RESERVE
-        noise = calibrate_noise(lambda noise: run_event(job, noise), target_epsilon=target, delta=delta)
+        noise = _least_noise(job, delta)
     resolved = job.replace(privacy={"delta": delta, "noise_multiplier": noise})
     cost = epsilon([run_event(resolved)], delta)
     if cost > job.privacy.epsilon:
         what = f"costs epsilon {cost:.3f} over {job.steps} steps, more than privacy.epsilon = {job.privacy.epsilon:g}"
         raise _too_little(what, noise)
     return resolved
+
+
+def _delta(job: Job) -> float:
+    return 1 / (10 * job.units_per_site) if job.privacy.delta == "auto" else job.privacy.delta
+
+
+def _least_noise(job: Job, delta: float) -> float:
+    target = job.privacy.epsilon * RESERVE
+    return calibrate_noise(lambda noise: run_event(job, noise), target_epsilon=target, delta=delta)
 
 
 def _too_little(what: str, noise: float) -> PrivacyError:
@@ -116,11 +123,9 @@ def solve(job: Job, what: Literal["noise", "rounds", "epsilon"]) -> str:
     """
     if job.privacy.level == "none":
         raise PrivacyError("E-SOLVE", "privacy.level = none: there is no budget to solve for", param="privacy.level")
-    delta = 1 / (10 * job.units_per_site) if job.privacy.delta == "auto" else job.privacy.delta
+    delta = _delta(job)
     if what == "noise":
-        target = job.privacy.epsilon * RESERVE
-        noise = calibrate_noise(lambda noise: run_event(job, noise), target_epsilon=target, delta=delta)
-        return f"privacy.noise_multiplier={noise:.6g}"
+        return f"privacy.noise_multiplier={_least_noise(job, delta):.6g}"
     if job.privacy.noise_multiplier == "auto":
         raise PrivacyError(
             "E-SOLVE", f"--solve {what} needs a noise multiplier", param="privacy.noise_multiplier",
@@ -159,8 +164,7 @@ def make_plan(job: Job, base: BaseModel) -> Plan:
     top = layers if job.lora.last_layers == "all" else job.lora.last_layers
     size = layout_of(job, base)[0].size
     header = len(_sample_plan(job).model_dump_json())
-    sites = len(job.data.sites) or job.federation.sites
-    heads = HEAD_BYTES * min(sites, HEADS)
+    heads = HEAD_BYTES * min(job.sites, WITNESSES + 1)
     tokens = job.train.microbatch * job.model.max_length
     activations = tokens * (int(config.hidden_size) * ACTIVATION_COPIES * top + int(getattr(config, "vocab_size", 0)))
     return Plan(
@@ -216,8 +220,7 @@ def _seconds(job: Job, parameters: int, top: float) -> float:
     for _ in range(20):
         torch.mm(a, a)
     rate = 20 * 2 * 512**3 / (time.perf_counter() - started) * (1 if workers == "auto" else workers)
-    sites = len(job.data.sites) or job.federation.sites
     drawn = job.steps * job.train.batch_size
     distinct = job.data.records_per_site * (1 - (1 - job.sampling_probability) ** job.steps)
-    passes = sites * job.model.max_length * (drawn * 2 * top + distinct * (1 - top))
+    passes = job.sites * job.model.max_length * (drawn * 2 * top + distinct * (1 - top))
     return passes * parameters * 2 / (rate * EFFICIENCY)

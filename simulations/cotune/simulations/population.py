@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
+from cotune.client.checks import LARGE_SHARE
 from cotune.client.data import unit_of
 from cotune.shared.errors import DataError
 from cotune.shared.job import Job
@@ -45,7 +46,7 @@ def _check_site(job: Job, site: str, persons: Counter[str], say: Callable[[str],
             hint=f"data.units_per_site={len(persons)} train.batch_size={max(1, len(persons) // 4)}",
         )
     largest, total = max(persons.values()), persons.total()
-    if job.data.max_per_unit is None and largest * 4 > total:
+    if job.data.max_per_unit is None and largest > LARGE_SHARE * total:
         say(
             f"W-UNIT-SHARE  {site}: one person owns {largest / total:.0%} of the rows; clipping bounds their weight,"
             " data.max_per_unit their cost"

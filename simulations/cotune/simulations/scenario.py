@@ -13,12 +13,13 @@ from cotune.client.data import SiteExamples, prepare
 from cotune.client.guard import Guard
 from cotune.client.home import SiteHome
 from cotune.client.policy import DatasetPolicy
+from cotune.client.rules import unknown_dataset
 from cotune.client.site import Site
 from cotune.client.training import Trainer
 from cotune.shared.adapter import Vector
 from cotune.shared.cli import job_file
 from cotune.shared.datasets import dataset_path
-from cotune.shared.errors import CotuneError, JobError, RefusedError, did_you_mean
+from cotune.shared.errors import CotuneError, JobError, did_you_mean
 from cotune.shared.evaluation import choices_of
 from cotune.shared.files import append_line, storage_errors, write_atomic, write_json
 from cotune.shared.job import HOME, DataSettings, Job
@@ -106,10 +107,10 @@ def site_records(job: Job, site: str) -> list[Record]:
     if not job.data.sites:
         records, shares = _pool(_data_key(job))
         return [records[row] for row in shares[site]]
-    source = job.data.sites[site]
-    if not source.startswith(HOME):
-        return read_records(Path(source), job.data.format)
-    home = SiteHome.open(Path(source.removeprefix(HOME)))
+    folder = _own_home(job, site)
+    if folder is None:
+        return read_records(Path(job.data.sites[site]), job.data.format)
+    home = SiteHome.open(folder)
     return read_records(home.data_path(_own_dataset(home, job)), job.data.format)
 
 
@@ -117,12 +118,14 @@ def _own_dataset(home: SiteHome, job: Job) -> DatasetPolicy:
     """The data set of a site's policy that the job is about."""
     dataset = home.policy.find(job.data.dataset)
     if dataset is None:
-        known = ", ".join(each.id for each in home.policy.dataset)
-        raise RefusedError(
-            "E-POLICY", f"{home.name}: rule data.dataset: the job names no data set of this site (it has {known})",
-            param="data.dataset", hint=f"data.dataset={home.policy.dataset[0].id}",
-        )  # fmt: skip
+        raise unknown_dataset(home.policy, job.data.dataset).error(home.name)
     return dataset
+
+
+def _own_home(job: Job, site: str) -> Path | None:
+    """The home a site brings along; None for a site that the simulation makes up."""
+    source = job.data.sites.get(site, "")
+    return Path(source.removeprefix(HOME)) if source.startswith(HOME) else None
 
 
 def _data_key(job: Job) -> str:
@@ -158,12 +161,12 @@ def begin(run: RunFolder) -> None:
 
 def site_home(run_id: str, site: str, job: Job, model_sha256: str) -> SiteHome:
     """A site's home: its own where the job names one, else one in the run folder that grants just this job."""
-    source = job.data.sites.get(site, "")
-    if source.startswith(HOME):
-        return SiteHome.open(Path(source.removeprefix(HOME)))
-    run = RunFolder(Path((work_folder(run_id) / "run").read_text(encoding="utf-8")))
-    folder = run.sites / site
-    return SiteHome.open(folder) if folder.exists() else SiteHome.simulated(folder, site, job, model_sha256)
+    own = _own_home(job, site)
+    return SiteHome.open(own) if own else SiteHome.simulated(_begun(run_id).sites / site, site, job, model_sha256)
+
+
+def _begun(run_id: str) -> RunFolder:
+    return RunFolder(Path((work_folder(run_id) / "run").read_text(encoding="utf-8")))
 
 
 class SimulatedRecords:
@@ -203,9 +206,8 @@ def answer_plan(plan: RoundPlan, adapter: Vector) -> Answer:
 
 def read_ledger(request: LedgerRequest) -> bytes:
     """A simulated site's ledger; a `courier.LedgerReader`."""
-    run = RunFolder(Path((work_folder(request.run_id) / "run").read_text(encoding="utf-8")))
-    source = run.job().data.sites.get(request.site, "")
-    folder = Path(source.removeprefix(HOME)) if source.startswith(HOME) else run.sites / request.site
+    run = _begun(request.run_id)
+    folder = _own_home(run.job(), request.site) or run.sites / request.site
     return (folder / "ledger.jsonl").read_bytes()
 
 

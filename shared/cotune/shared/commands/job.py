@@ -106,8 +106,7 @@ def plan(
 
 
 def _plan_lines(job: Job, made: Plan) -> list[str]:
-    sites = len(job.data.sites) or job.federation.sites
-    lines = [f"{job.run.name}: {sites} sites, {job.run.rounds} rounds of {job.train.local_steps} steps"]
+    lines = [f"{job.run.name}: {job.sites} sites, {job.run.rounds} rounds of {job.train.local_steps} steps"]
     if made.noise_multiplier is None:
         lines.append("privacy           NONE: this job promises nothing (privacy.level = none)")
     else:

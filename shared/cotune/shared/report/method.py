@@ -42,7 +42,7 @@ def _model_facts(evidence: Evidence) -> tuple[Fact, ...]:
 
 def _job_facts(evidence: Evidence) -> tuple[Fact, ...]:
     job, summary, train = evidence.job, evidence.summary, evidence.job.train
-    sites = len(summary.get("sites") or []) or len(job.data.sites) or job.federation.sites
+    sites = len(summary.get("sites") or []) or job.sites
     momentum = f", momentum {train.momentum:g}" if train.momentum else ""
     return (
         Fact("Task", job.task.kind),
