@@ -125,7 +125,6 @@ class Site:
         facts = {
             "cotune version": (plan.cotune, cotune_version()),
             "job": (plan.job.sha256(), trainer.job_sha256),
-            "site": (plan.site, self.name),
             "size": (str(trainer.layout.size), str(adapter.size)),
             "global adapter": (plan.base_sha256, flat_sha256(adapter)),
             "frozen part": (
@@ -136,8 +135,6 @@ class Site:
         for what, (said, found) in facts.items():
             if said != found:
                 raise RefusedError("E-PLAN", f"{self.name}: the plan's {what} is {said}, here it is {found}")
-        if not 1 <= plan.round <= plan.job.run.rounds:
-            raise RefusedError("E-PLAN", f"{self.name}: round {plan.round} is outside the job's {plan.job.run.rounds}")
         if plan.job.privacy.clipping != "adaptive" and plan.clipping_norm != plan.job.privacy.clipping_norm:
             raise RefusedError("E-PLAN", f"{self.name}: the plan's clipping norm is not the job's")
 
