@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -29,6 +29,20 @@ class Layout:
     def size(self) -> int:
         """Trained parameters: the length of the flat array."""
         return sum(int(np.prod(self.shapes[name])) for name in self.trained)
+
+    def only(self, names: Sequence[str]) -> Layout:
+        """The same adapter with only these of its trained tensors."""
+        return replace(self, trained=tuple(name for name in self.trained if name in set(names)))
+
+    def at_rank(self, rank: int) -> Layout:
+        """The same adapter at another rank: (rank, in) for each A, (out, rank) for each B, heads as they are."""
+
+        def resized(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+            if ".lora_A." in name:
+                return (rank, shape[1])
+            return (shape[0], rank) if ".lora_B." in name else shape
+
+        return replace(self, shapes={name: resized(name, shape) for name, shape in self.shapes.items()})
 
     def flatten(self, arrays: Mapping[str, Vector]) -> Vector:
         """The trained tensors as one fp32 array of shape (size,)."""
@@ -64,3 +78,14 @@ def fingerprint(arrays: Mapping[str, Vector]) -> str:
 def flat_sha256(flat: Vector) -> str:
     """SHA-256 of a flat array's little-endian fp32 bytes, hexadecimal."""
     return hashlib.sha256(np.ascontiguousarray(flat, dtype="<f4").tobytes()).hexdigest()
+
+
+def nested(arrays: Mapping[str, Vector], rank: int) -> dict[str, Vector]:
+    """The first `rank` rows of each A and columns of each B; everything else as it is."""
+
+    def part(name: str, array: Vector) -> Vector:
+        if ".lora_A." in name:
+            return np.ascontiguousarray(array[:rank])
+        return np.ascontiguousarray(array[:, :rank]) if ".lora_B." in name else array
+
+    return {name: part(name, array) for name, array in arrays.items()}

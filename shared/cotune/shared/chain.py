@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from cotune.shared.errors import StorageError
+from cotune.shared.errors import PrivacyError, StorageError
 from cotune.shared.files import write_json
-from cotune.shared.job import Sha256, SiteName
 from cotune.shared.privacy.event import Event, event_from_dict
+from cotune.shared.sections import Sha256, SiteName
 from cotune.shared.signing import verify
 
 Action = Literal[
@@ -239,12 +239,15 @@ def reserved(
     Edge cases: without a data set or run, all are returned; entries of other actions are passed over.
 
     Raises:
-        PrivacyError: An event cannot be priced (E-EVENT).
+        PrivacyError: An event cannot be priced, or an entry is not one a site writes (E-EVENT).
     """
-    return [
-        (entry, event_from_dict(entry.fields["event"]))
-        for entry in entries
-        if entry.action == "budget.reserve"
-        and dataset in (None, entry.fields["dataset"])
-        and run_id in (None, entry.fields["run_id"])
-    ]
+    try:
+        return [
+            (entry, event_from_dict(entry.fields["event"]))
+            for entry in entries
+            if entry.action == "budget.reserve"
+            and dataset in (None, entry.fields["dataset"])
+            and run_id in (None, entry.fields["run_id"])
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        raise PrivacyError("E-EVENT", "a reservation of the ledger has not the fields a site writes") from None

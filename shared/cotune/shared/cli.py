@@ -31,6 +31,11 @@ COMMANDS: dict[str, Entry] = {
     "config": Entry("cotune.shared.commands.job:config", "Validate, show or describe a job file."),
     "plan": Entry("cotune.shared.commands.job:plan", "What a job will cost, before any data is touched."),
     "simulate": Entry("cotune.simulations.commands:simulate", "Run a job over sites on this machine."),
+    "compare": Entry(
+        "cotune.simulations.comparison.commands:compare",
+        "Run one job by several rules, epsilons and seeds; table and plots.",
+    ),
+    "resume": Entry("cotune.simulations.commands:resume", "Go on with an interrupted run; nothing is charged twice."),
     "eval": Entry("cotune.shared.commands.run:evaluate", "Score a run or adapter on any JSONL."),
     "report": Entry("cotune.shared.commands.run:report", "Write a run's report: one self-contained page."),
     "verify": Entry("cotune.shared.commands.run:verify", "Check a run: files, adapter, epsilon recomputed."),

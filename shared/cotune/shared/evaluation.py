@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,12 +45,22 @@ class Evaluator:
 
     Accuracy is that of greedy decoding constrained to the job's choices: at each token the most probable one
     that continues a choice is taken, until one choice is left. For `classify` it is the most probable class.
+
+    Args:
+        network: The model; its adapter may change between scorings.
+        records: What is scored.
+        tokenizer: The model's.
+        job: Says the task and the choices.
+        kept: Keep what the lower layers make of the records in files there; None for memory.
     """
 
-    def __init__(self, network: Network, records: Sequence[Record], tokenizer: Any, job: Job) -> None:
+    def __init__(
+        self, network: Network, records: Sequence[Record], tokenizer: Any, job: Job, kept: Path | None = None
+    ) -> None:
         self._network = network
         self._examples = tokenize(records, tokenizer, job)
-        self._features = Features(network, self._examples)
+        self._kept = kept
+        self._features = Features(network, self._examples, kept)
         choices = choices_of(records, job)
         tokens = dict(zip(choices, choice_tokens(choices, tokenizer), strict=True))
         self._choices = sorted(set(tokens.values()))
@@ -78,21 +89,32 @@ class Evaluator:
         hits = np.zeros(count, dtype=np.float32)
         if self._choices:
             first = logits[torch.searchsorted(owners, torch.arange(count))]
-            hits = np.array([self._hit(row, first[i]) for i, row in enumerate(rows)], dtype=np.float32)
+            hits = self._hits(rows, first)
         return mean_by_row(loss, owners, count).numpy(), mean_by_row(right, owners, count).numpy(), hits
 
-    def _hit(self, row: int, logits: Tensor) -> bool:
-        """Whether constrained greedy decoding gives the record's own answer."""
+    def _hits(self, rows: list[int], first: Tensor) -> Scores:
+        """Whether constrained greedy decoding gives each record's own answer, as 0 or 1, shape (rows,).
+
+        All rows that are not decided yet go one token further together.
+        """
+        left = dict.fromkeys(range(len(rows)), self._choices)
+        logits, depth = dict(enumerate(first)), 0
+        while logits:
+            for place, values in logits.items():
+                allowed = sorted({choice[depth] for choice in left[place]})
+                best = allowed[int(values[allowed].argmax())]
+                left[place] = [choice for choice in left[place] if choice[depth] == best]
+            depth += 1
+            open_ = [place for place in logits if len(left[place]) > 1]
+            longer = [self._longer(rows[place], left[place][0][:depth]) for place in open_]
+            hidden = Features(self._network, longer, self._kept).of(range(len(longer))) if open_ else None
+            logits = dict(zip(open_, self._network.logits(longer, hidden)[0], strict=True)) if open_ else {}
+        return np.array([left[place][0] == self._wanted[row] for place, row in enumerate(rows)], dtype=np.float32)
+
+    def _longer(self, row: int, answer: Sequence[int]) -> Example:
+        """A record's prompt with the answer so far, asking for one token more."""
         example = self._examples[row]
-        left, depth = self._choices, 0
-        while len(left) > 1:
-            allowed = sorted({choice[depth] for choice in left})
-            best = allowed[int(logits[allowed].argmax())]
-            left, depth = [choice for choice in left if choice[depth] == best], depth + 1
-            if len(left) > 1:
-                longer = (*example.ids[: example.start], *left[0][:depth], 0)
-                logits = self._network.logits([Example(longer, example.start + depth)], None)[0][0]
-        return left[0] == self._wanted[row]
+        return Example((*example.ids[: example.start], *answer, 0), example.start + len(answer))
 
 
 def choices_of(records: Sequence[Record], job: Job) -> list[str]:

@@ -26,64 +26,58 @@ class Features:
     Args:
         network: The model; where it cannot be split, nothing is kept and the whole model runs each time.
         examples: The examples, in an order that does not change.
-        folder: Keep them in files there, so that other processes of this site find them; None for memory.
+        folder: Keep them in files there, one an example and named by its tokens, so that other processes of its
+            owner find them; None for memory. It belongs to one model.
     """
 
     def __init__(self, network: Network, examples: Sequence[Example], folder: Path | None = None) -> None:
         self._network = network
         self._examples = examples
-        self._ends = np.cumsum([len(example.ids) for example in examples])
-        shape = (int(self._ends[-1]) if len(examples) else 0, network.hidden_size)
-        self._kept = network.splits and 0 < shape[0] * shape[1] * 4 <= MAX_BYTES
-        if self._kept:
-            folder = _own(folder, examples)
-            self._values = _array(folder, "features.npy", shape, np.float32)
-            self._known = _array(folder, "known.npy", (len(examples),), np.uint8)
+        size = sum(len(example.ids) for example in examples) * network.hidden_size * 4
+        self._kept = network.splits and 0 < size <= MAX_BYTES
+        self._memory: dict[int, Vector] = {}
+        self._folder = folder
+        if self._kept and folder is not None:
+            with storage_errors(folder):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def of(self, rows: Sequence[int]) -> list[Vector] | None:
         """Outputs of these rows, shape (tokens, hidden_size) each, or None when nothing is kept."""
         if not self._kept:
             return None
-        missing = [row for row in rows if not self._known[row]]
+        found = {row: self._read(row) for row in set(rows)}
+        missing = [row for row in dict.fromkeys(rows) if found[row] is None]
         for places in passes([self._examples[row] for row in missing], CHUNK):
             chunk = [missing[place] for place in places]
             for row, hidden in zip(chunk, self._network.encode([self._examples[r] for r in chunk]), strict=True):
-                self._values[self._span(row)] = hidden
-                self._known[row] = 1
-        return [self._values[self._span(row)] for row in rows]
+                self._keep(row, hidden)
+                found[row] = hidden
+        return [hidden for row in rows if (hidden := found[row]) is not None]
 
-    def _length(self, row: int) -> int:
-        return len(self._examples[row].ids)
+    def _read(self, row: int) -> Vector | None:
+        if self._folder is None:
+            return self._memory.get(row)
+        shape = (len(self._examples[row].ids), self._network.hidden_size)
+        try:
+            values = np.fromfile(self._path(self._folder, row), dtype=np.float32)
+        except FileNotFoundError:
+            return None
+        return values.reshape(shape) if values.size == shape[0] * shape[1] else None
 
-    def _span(self, row: int) -> slice:
-        end = int(self._ends[row])
-        return slice(end - self._length(row), end)
+    def _keep(self, row: int, hidden: Vector) -> None:
+        if self._folder is None:
+            self._memory[row] = hidden
+            return
+        with storage_errors(self._folder):
+            descriptor, draft = tempfile.mkstemp(dir=self._folder)  # another process may be at the same example
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(np.ascontiguousarray(hidden, dtype=np.float32).tobytes())
+                Path(draft).replace(self._path(self._folder, row))
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    Path(draft).unlink()
 
-
-def _array(folder: Path | None, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    if folder is None:
-        return np.zeros(shape, dtype)
-    path = folder / name
-    if not path.exists():
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as part:
-            np.lib.format.open_memmap(part.name, mode="w+", dtype=dtype, shape=shape).flush()
-            with storage_errors(path):  # take the space now: a full disk met through a memory map kills the process
-                os.posix_fallocate(part.fileno(), 0, Path(part.name).stat().st_size)
-        with contextlib.suppress(FileExistsError):  # another process of this site was first: its file counts
-            os.link(part.name, path)
-        Path(part.name).unlink()
-    return np.lib.format.open_memmap(path, mode="r+")
-
-
-def _own(folder: Path | None, examples: Sequence[Example]) -> Path | None:
-    """A private folder named by exactly these examples: other records never meet kept values of these."""
-    if folder is None:
-        return None
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(np.array([len(example.ids), *example.ids], dtype="<u4").tobytes())
-    own = folder / digest.hexdigest()[:16]
-    with storage_errors(own):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        own.mkdir(mode=0o700, exist_ok=True)
-    return own
+    def _path(self, folder: Path, row: int) -> Path:
+        ids = np.array(self._examples[row].ids, dtype="<u4")
+        return folder / f"{hashlib.sha256(ids.tobytes()).hexdigest()}.f4"

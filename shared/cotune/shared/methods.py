@@ -2,8 +2,9 @@
 
     y = W x + (alpha / r) B A x        W frozen; A [r, in] orthonormal rows; B [out, r] starts at zero
 
-With `freeze_a` only B is trained and averaged: the mean of the products is then the product of the mean
-(FFA-LoRA, Sun et al. 2024), and orthonormal A gives what a server-side SVD would (||A|| = 1).
+Which of them is trained, the job's aggregation rule says. With A frozen the mean of the products is the product of
+the mean (FFA-LoRA, Sun et al. 2024), and orthonormal A gives what a server-side SVD would (||A|| = 1). With Fed-SB
+(Singhal et al. 2025) both are frozen and orthonormal, and only an r x r core between them is trained.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from typing import Any
 import numpy as np
 
 from cotune.shared.adapter import Layout, Vector
+from cotune.shared.aggregation import CORE, A, B, Rule, factor_of
 from cotune.shared.errors import ModelError, did_you_mean
 from cotune.shared.files import storage_errors, write_atomic
+from cotune.shared.folding import folded
 from cotune.shared.job import Job
 from cotune.shared.model import BaseModel, load_model
 
@@ -87,9 +90,11 @@ def attach(model: Any, job: Job) -> Any:
         adapted = get_peft_model(model, peft_config(job, model))
     parameters = _parameters(adapted)
     for name, parameter in parameters.items():
-        parameter.requires_grad_(not (job.lora.freeze_a and ".lora_A." in name))
+        factor = factor_of(name)
+        # The core has no parameter of its own: B's gradient gives the core's.
+        parameter.requires_grad_(factor is None or factor in job.rule.trains or (factor == "B" and job.rule.core))
     if next(iter(parameters.values())).device.type != "meta":
-        write(adapted, initial_values(layout(adapted), job.run.seed))
+        write(adapted, initial_values(layout(adapted, job.rule), job.run.seed))
     return adapted.eval()
 
 
@@ -101,47 +106,67 @@ def quiet_peft() -> Generator[None]:
         yield
 
 
-def layout(adapted: Any) -> Layout:
-    """Names and shapes of an attached adapter."""
+def layout(adapted: Any, rule: Rule) -> Layout:
+    """Names and shapes of an attached adapter; with a core, it is what is trained in B's place."""
     parameters = _parameters(adapted)
-    return Layout(
-        shapes={name: tuple(parameter.shape) for name, parameter in parameters.items()},
-        trained=tuple(name for name, parameter in parameters.items() if parameter.requires_grad),
-    )
+    shapes: dict[str, tuple[int, ...]] = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    if rule.core:
+        shapes |= {name.replace(B, CORE): (shape[1], shape[1]) for name, shape in shapes.items() if B in name}
+        trained = [name.replace(B, CORE) for name in trained]
+    return Layout({name: shapes[name] for name in sorted(shapes)}, tuple(sorted(trained)))
 
 
 def layout_of(job: Job, base: BaseModel) -> tuple[Layout, dict[str, Any]]:
     """The adapter's layout and PEFT configuration (plain JSON values) without loading any weight."""
     model = load_model(base, job, weights=False)
     config = peft_config(job, model).to_dict()
-    return layout(attach(model, job)), {
+    return layout(attach(model, job), job.rule), {
         **_plain(config),
         "base_model_name_or_path": base.name,
         "inference_mode": True,
     }
 
 
-def initial_values(shape: Layout, seed: int) -> dict[str, Vector]:
-    """Public starting values: A with orthonormal rows drawn from the seed, everything else zero."""
-    generator = np.random.Generator(np.random.PCG64(seed))
+def initial_values(shape: Layout, seed: int, turn: int = 0) -> dict[str, Vector]:
+    """Public starting values: A with orthonormal rows drawn from the seed, everything else zero.
+
+    With a core, B has orthonormal columns and the core is zero.
+
+    Args:
+        shape: Of the adapter.
+        seed: The job's public seed.
+        turn: For rules that draw A anew: how often that was done.
+    """
+    generator = np.random.Generator(np.random.PCG64([seed, turn] if turn else seed))
+    core = any(CORE in name for name in shape.shapes)
     values: dict[str, Vector] = {}
     for name, size in shape.shapes.items():
-        if ".lora_A." in name:
-            q, r = np.linalg.qr(generator.standard_normal(size[::-1]))
-            values[name] = np.ascontiguousarray((q * np.sign(np.diagonal(r))).T, dtype=np.float32)
+        if A in name or (core and B in name):
+            flipped = A in name
+            q, r = np.linalg.qr(generator.standard_normal(size[::-1] if flipped else size))
+            q = q * np.sign(np.diagonal(r))
+            values[name] = np.ascontiguousarray(q.T if flipped else q, dtype=np.float32)
         else:
             values[name] = np.zeros(size, dtype=np.float32)
     return values
 
 
 def write(adapted: Any, arrays: Mapping[str, Vector]) -> None:
-    """Write named arrays into an attached adapter, in place."""
+    """Write named arrays into an attached adapter, in place; at another rank than before, if they have one.
+
+    A core is multiplied into B. The scale alpha / r stays the job's, whatever the rank.
+    """
     import torch
 
     parameters = _parameters(adapted)
     with torch.no_grad():
-        for name, array in arrays.items():
-            parameters[name].copy_(torch.from_numpy(np.array(array)))
+        for name, array in folded(arrays).items():
+            values = torch.from_numpy(np.array(array)).to(parameters[name])
+            if parameters[name].shape == values.shape:
+                parameters[name].copy_(values)
+            else:
+                parameters[name].data = values
 
 
 def read(adapted: Any) -> dict[str, Vector]:

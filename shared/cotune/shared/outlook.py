@@ -54,7 +54,7 @@ def outlook(job: Job, base: BaseModel, trained: int) -> Outlook | None:
     if job.privacy.level == "none":
         return None
     step = _noise_to_signal(job, trained)
-    run = step / math.sqrt(job.steps)
+    run = step / math.sqrt(job.steps_per_site)
     found = sorted(_tried(job, base), key=lambda advice: advice.noise_to_signal)
     return Outlook(step, run, tuple(advice for advice in found if advice.noise_to_signal <= WORTH * run))
 

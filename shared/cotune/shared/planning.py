@@ -8,7 +8,9 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from cotune.shared.aggregation import returned, sent
 from cotune.shared.chain import WITNESSES
+from cotune.shared.codec import encoded_bytes
 from cotune.shared.errors import PrivacyError
 from cotune.shared.job import Job
 from cotune.shared.methods import layout_of
@@ -29,7 +31,7 @@ EFFICIENCY = 0.8  # measured: share of a matrix product's speed that training on
 
 @dataclass(frozen=True)
 class Plan:
-    """What `cotune plan` says. Bytes are of one site and round; times are upper estimates for this machine."""
+    """What `cotune plan` says. Bytes are of one site and round, without an offset; times are upper estimates."""
 
     noise_multiplier: float | None
     delta: float | None
@@ -80,7 +82,8 @@ def _resolve_privacy(job: Job) -> Job:
     resolved = job.replace(privacy={"delta": delta, "noise_multiplier": noise})
     cost = epsilon([run_event(resolved)], delta)
     if cost > job.privacy.epsilon:
-        what = f"costs epsilon {cost:.3f} over {job.steps} steps, more than privacy.epsilon = {job.privacy.epsilon:g}"
+        what = f"costs epsilon {cost:.3f} over {job.steps_per_site} steps,"
+        what += f" more than privacy.epsilon = {job.privacy.epsilon:g}"
         raise _too_little(what, noise)
     return resolved
 
@@ -112,7 +115,7 @@ def run_event(job: Job, noise_multiplier: float | None = None) -> Event:
     """
     if noise_multiplier is not None:
         job = job.replace(privacy={"noise_multiplier": noise_multiplier})
-    return mechanism_of(job).event(job.steps * job.data.sites_per_unit)
+    return mechanism_of(job).event(job.steps_per_site * job.data.sites_per_unit)
 
 
 def solve(job: Job, what: Literal["noise", "rounds", "epsilon"]) -> str:
@@ -162,7 +165,9 @@ def make_plan(job: Job, base: BaseModel) -> Plan:
     config = model.config
     layers = int(config.num_hidden_layers)
     top = layers if job.lora.last_layers == "all" else job.lora.last_layers
-    size = layout_of(job, base)[0].size
+    layout = layout_of(job, base)[0]
+    size, up = layout.size, max(returned(job.rule, layout, number).size for number in (1, 2))
+    down = sent(layout, 0, job.train.scaffold).size
     header = len(_sample_plan(job).model_dump_json())
     heads = HEAD_BYTES * min(job.sites, WITNESSES + 1)
     tokens = job.train.microbatch * job.model.max_length
@@ -172,23 +177,23 @@ def make_plan(job: Job, base: BaseModel) -> Plan:
         delta=None if job.privacy.level == "none" else _number(job.privacy.delta),
         epsilon_by_round=epsilon_by_round(job),
         sampling_probability=job.sampling_probability,
-        steps=job.steps,
+        steps=job.steps_per_site,
         trained_parameters=size,
         base_parameters=parameters,
-        bytes_up=4 * size + 700 + heads,
-        bytes_down=4 * size + header + heads,
+        bytes_up=encoded_bytes(job.transport.codec_up, up) + 700 + heads,
+        bytes_down=encoded_bytes(job.transport.codec_down, down) + header + heads,
         memory_bytes=4 * (parameters + activations + job.train.microbatch * size),
         seconds_estimate=_seconds(job, parameters, top / layers),
     )
 
 
 def epsilon_by_round(job: Job) -> tuple[float, ...]:
-    """Epsilon of a unit after each round of a resolved job, at its delta; empty without privacy."""
+    """Epsilon of a unit after each round its site takes, at the job's delta; empty without privacy."""
     if job.privacy.level == "none":
         return ()
     mechanism, delta = mechanism_of(job), _number(job.privacy.delta)
     steps = job.train.local_steps * job.data.sites_per_unit
-    return tuple(epsilon([mechanism.event(number * steps)], delta) for number in range(1, job.run.rounds + 1))
+    return tuple(epsilon([mechanism.event(number * steps)], delta) for number in range(1, job.rounds_per_site + 1))
 
 
 def _number(value: float | str) -> float:
@@ -203,6 +208,7 @@ def _sample_plan(job: Job) -> RoundPlan:
         job=job,
         site="site-1",
         round=1,
+        rank=job.lora.r,
         base_sha256=zero,
         frozen_sha256=zero,
         clipping_norm=job.privacy.clipping_norm,
@@ -220,7 +226,7 @@ def _seconds(job: Job, parameters: int, top: float) -> float:
     for _ in range(20):
         torch.mm(a, a)
     rate = 20 * 2 * 512**3 / (time.perf_counter() - started) * (1 if workers == "auto" else workers)
-    drawn = job.steps * job.train.batch_size
-    distinct = job.data.records_per_site * (1 - (1 - job.sampling_probability) ** job.steps)
+    drawn = job.steps_per_site * job.train.batch_size
+    distinct = job.data.records_per_site * (1 - (1 - job.sampling_probability) ** job.steps_per_site)
     passes = job.sites * job.model.max_length * (drawn * 2 * top + distinct * (1 - top))
     return passes * parameters * 2 / (rate * EFFICIENCY)

@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import secrets
+import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,6 +34,7 @@ from cotune.shared.files import append_line, file_sha256, read_lines, storage_er
 from cotune.shared.job import Job
 from cotune.shared.jobfile import dump_toml, load_job
 
+Engine = Literal["flower", "inline"]
 Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 METRIC_COLUMNS = (
     "round", "site", "valid_loss", "accuracy", "accuracy_low", "accuracy_high", "examples",
@@ -94,20 +96,36 @@ class RunFolder:
         )
 
     @contextlib.contextmanager
-    def held(self) -> Generator[None]:
+    def held(self, patience_s: float = 0.0) -> Generator[None]:
         """Hold the run: two processes that continue one run would charge sites for less than they release.
+
+        Args:
+            patience_s: Seconds to wait for another process to let go.
 
         Raises:
             JobError: Another process holds it.
         """
+        deadline = time.monotonic() + patience_s
         with (self.path / "events.jsonl").open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise JobError(
-                    "E-RUN-HELD", f"{self.run_id} is being run by another process", hint="wait for it, or end it"
-                ) from None
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        what = f"{self.run_id} is being run by another process"
+                        raise JobError("E-RUN-HELD", what, hint="wait for it, or end it") from None
+                    time.sleep(0.2)
             yield
+
+    def set_engine(self, engine: Engine) -> None:
+        """Note on which engine the run is, for when it is resumed."""
+        write_json(self.path / "env" / "engine.json", {"engine": engine})
+
+    def engine(self) -> Engine:
+        """The engine the run was started on; Flower's if it never came to that."""
+        path = self.path / "env" / "engine.json"
+        return "inline" if path.exists() and _read_json(path).get("engine") == "inline" else "flower"
 
     def events(self) -> list[dict[str, Any]]:
         """All events so far, oldest first."""
@@ -119,6 +137,11 @@ class RunFolder:
         if unknown:
             raise ValueError(f"unknown metric columns {sorted(unknown)}; known: {METRIC_COLUMNS}")
         append_line(self.path / "metrics.jsonl", row)
+
+    def forget_metrics_after(self, round_number: int) -> None:
+        """Drop rows of later rounds: a run that goes on takes those again."""
+        rows = [row for row in self.metrics() if row["round"] <= round_number]
+        write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def metrics(self) -> list[dict[str, Any]]:
         """All metric rows so far. Rows of the whole federation have no `site`."""

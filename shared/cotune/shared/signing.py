@@ -13,7 +13,7 @@ from typing import Literal
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-Namespace = Literal["cotune-head", "cotune-job"]
+Namespace = Literal["cotune-head", "cotune-job", "cotune-update"]
 
 _MAGIC = b"SSHSIG"
 _KEY_TYPE = b"ssh-ed25519"

@@ -1,15 +1,19 @@
-"""What a site answers: a noised update, or why there is none."""
+"""What a site answers: a noised, encoded and signed update, or why there is none."""
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from cotune.shared.adapter import Vector
-from cotune.shared.chain import SignedHead
-from cotune.shared.job import Sha256, SiteName
+from cotune.shared.chain import WITNESSES, SignedHead
+from cotune.shared.codec import Payload, decode
+from cotune.shared.sections import Sha256, SiteName
+
+MAX_CHARGES = 2  # of one round: it may be lost once
 
 
 class UpdateHeader(BaseModel):
@@ -17,47 +21,70 @@ class UpdateHeader(BaseModel):
 
     Attributes:
         site: Who answers.
+        run_id: The plan's run.
         round: The plan's round.
         job_sha256: The plan's job.
         base_sha256: The global adapter the update starts from.
-        update_sha256: Hash of the update's fp32 bytes.
+        update_sha256: Hash of the payload.
         event: What the round released, for the accountant.
+        charges: How often the round was charged: more than once if it was lost in a crash.
         head: The site's signed ledger head, after the round was charged and committed.
         witnessed: Newest heads this site holds of the other sites its plan named.
         clipping_norm: Where adaptive clipping has got to at this site, from noised counts.
         train_loss: Noised mean training loss of the round, in nats; accounted in the event.
+        signature: SSH signature of all the above by the site's key, namespace `cotune-update`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     site: SiteName
+    run_id: str = Field(max_length=100)
     round: int = Field(ge=1)
     job_sha256: Sha256
     base_sha256: Sha256
     update_sha256: Sha256
     event: dict[str, Any]
+    charges: int = Field(default=1, ge=1, le=1000)
     head: SignedHead
-    witnessed: tuple[SignedHead, ...] = ()
+    witnessed: tuple[SignedHead, ...] = Field(default=(), max_length=WITNESSES)
     clipping_norm: float | None = Field(default=None, gt=0)
     train_loss: float | None = None
+    signature: str = Field(default="", max_length=2000)
+
+    def message(self) -> bytes:
+        """What is signed: everything but the signature, as canonical JSON."""
+        return self.model_copy(update={"signature": ""}).model_dump_json().encode()
 
 
 class AdapterUpdate:
-    """A header and the flat fp32 difference new - old, shape (trained parameters,)."""
+    """A header and the encoded difference new - old of the tensors a round trains.
 
-    def __init__(self, header: UpdateHeader, delta: Vector) -> None:
+    Attributes:
+        header: What is said of it.
+        payload: Its numbers in the job's `transport.codec_up`.
+    """
+
+    def __init__(self, header: UpdateHeader, payload: Payload) -> None:
         self.header = header
-        self.delta = delta
+        self.payload = payload
 
     @property
     def bytes(self) -> int:
-        """Size on the wire: array and header."""
-        return int(self.delta.nbytes) + len(self.header.model_dump_json())
+        """Size on the wire: payload and header."""
+        return int(self.payload.nbytes) + len(self.header.model_dump_json())
 
-    @property
-    def norm(self) -> float:
-        """L2 norm of the (already noised) update."""
-        return float(np.linalg.norm(self.delta.astype(np.float64)))
+    def delta(self, codec: str, size: int) -> Vector:
+        """The difference, shape (size,), fp32.
+
+        Raises:
+            ConnectionFailed: E-CODEC: the payload is not `size` numbers in this codec.
+        """
+        return decode(self.payload, codec, size)
+
+
+def payload_sha256(payload: Payload) -> str:
+    """SHA-256 of a payload's bytes, hexadecimal."""
+    return hashlib.sha256(np.ascontiguousarray(payload).tobytes()).hexdigest()
 
 
 class SiteFailure(BaseModel):
@@ -66,9 +93,9 @@ class SiteFailure(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     site: str
-    code: str
+    code: str = Field(pattern=r"^[A-Z][A-Z0-9-]{0,39}$")
     message: str
-    exit_code: int = 1
+    exit_code: int = Field(default=1, ge=1, le=255)  # 0 would end a run of failures as a success
 
 
 Answer = AdapterUpdate | SiteFailure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from typing import Any
 
@@ -15,16 +16,23 @@ from cotune.shared.network import Network
 def warm_network(job: Job) -> tuple[Network, Any]:
     """The job's network and tokenizer, loaded at the first call of this process and kept.
 
-    The adapter in it belongs to whoever called last: write yours before every use. Nothing of a site is
-    ever kept here.
+    Jobs that differ in nothing the network depends on share it. The adapter in it belongs to whoever called
+    last: write yours before every use. Nothing of a site is ever kept here.
     """
-    return _load(job.replace(run={"name": "warm"}).to_json())
+    needed = {
+        "schema": 1,
+        "model": job.model.model_dump(mode="json"),
+        "task": job.task.model_dump(mode="json"),
+        "lora": {**job.lora.model_dump(mode="json"), "ranks": {}},
+        "aggregation": {"rule": job.aggregation.rule},
+        "train": {"batch_size": 1, "checkpointing": job.train.checkpointing, "compile": job.train.compile},
+        "data": {"train": "unread", "records_per_site": 1},
+    }
+    return _load(json.dumps(needed, sort_keys=True))
 
 
 @lru_cache(maxsize=1)
 def _load(job_json: str) -> tuple[Network, Any]:
-    import json
-
     job = parse_job(json.loads(job_json), origin="job")
     base = locate(job)
     return Network(attach(load_model(base, job), job), job), load_tokenizer(base)

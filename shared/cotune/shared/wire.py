@@ -1,37 +1,52 @@
-"""Plans and answers as Flower records: one flat array and one JSON header each."""
+"""Plans and answers as Flower records: one flat array of encoded bytes and one JSON header each."""
 
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from cotune.shared.adapter import Vector
-from cotune.shared.errors import ConnectionFailed
-from cotune.shared.plan import LedgerRequest, RoundPlan
-from cotune.shared.update import AdapterUpdate, Answer, SiteFailure, UpdateHeader
+from cotune.shared.errors import ConnectionFailed, RefusedError
+from cotune.shared.plan import LedgerRequest, RoundPlan, cotune_version
+from cotune.shared.update import AdapterUpdate, Answer, Payload, SiteFailure, UpdateHeader
 
 HEADER, ARRAY = "header", "adapter"
+MAX_WORDS = 400
+MAX_ANSWER = 2_000_000  # characters of an answer's header; read as JSON, they take up to 100 MB
 
 
-def plan_to_records(plan: RoundPlan, adapter: Vector) -> RecordDict:
+def adapter_to_record(payload: Payload) -> ArrayRecord:
+    """An encoded adapter, to be sent to any number of sites."""
+    return ArrayRecord({ARRAY: Array(np.ascontiguousarray(payload))})
+
+
+def plan_to_records(plan: RoundPlan, adapter: ArrayRecord) -> RecordDict:
     """A plan and the global adapter, to be sent."""
     return _pack("plan", plan.model_dump_json(by_alias=True), adapter)
 
 
-def plan_from_records(records: RecordDict) -> tuple[RoundPlan, Vector]:
-    """Read a plan and the global adapter.
+def plan_from_records(records: RecordDict) -> tuple[RoundPlan, Payload]:
+    """Read a plan and the encoded global adapter.
 
     Raises:
         ConnectionFailed: The message is not one of ours.
+        RefusedError: E-VERSION: it is a plan of another version, with settings this one may not know.
     """
     kind, header, array = _unpack(records)
     try:
         if kind != "plan" or array is None:
             raise ValueError(kind)
+        said = json.loads(header).get("cotune")
+        if said != cotune_version():
+            raise RefusedError(
+                "E-VERSION",
+                f"the plan is of cotune {str(said)[:40]}, installed here is {cotune_version()}",
+                hint="install the coordinator's version, or ask it to install yours",
+            )
         return RoundPlan.model_validate_json(header), array
-    except ValueError:
+    except (ValueError, AttributeError):
         raise ConnectionFailed("E-WIRE", "the message is not a plan of this version of cotune") from None
 
 
@@ -39,22 +54,25 @@ def answer_to_records(answer: Answer) -> RecordDict:
     """A site's answer, to be sent."""
     if isinstance(answer, SiteFailure):
         return _pack("failure", answer.model_dump_json(), None)
-    return _pack("update", answer.header.model_dump_json(), answer.delta)
+    return _pack("update", answer.header.model_dump_json(), adapter_to_record(answer.payload))
 
 
 def answer_from_records(records: RecordDict, site: str) -> Answer:
     """Read a site's answer; anything that is not one becomes that site's failure, never an exception."""
+    fault = "the answer is not an update of this version of cotune"
     try:
-        kind, header, array = _unpack(records)
+        kind, header, array = _unpack(records, MAX_ANSWER)
         if kind == "update" and array is not None:
             update = AdapterUpdate(UpdateHeader.model_validate_json(header), array)
             if update.header.site == site:
                 return update
+            fault = "the answer is in the name of another site"
         if kind == "failure":
-            return SiteFailure.model_validate_json(header).model_copy(update={"site": site})
+            said = SiteFailure.model_validate_json(header)
+            return said.model_copy(update={"site": site, "message": _clean(said.message)})
     except (ValueError, ConnectionFailed):
         pass
-    return SiteFailure(site=site, code="E-WIRE", message="the answer is not an update of this version of cotune")
+    return SiteFailure(site=site, code="E-WIRE", message=fault)
 
 
 def request_to_records(request: LedgerRequest) -> RecordDict:
@@ -92,22 +110,27 @@ def ledger_from_records(records: RecordDict) -> bytes | None:
         return None
 
 
-def _pack(kind: str, header: str, array: Vector | None) -> RecordDict:
+def _clean(text: str) -> str:
+    """A stranger's words: one short line without control characters."""
+    return "".join(letter if letter.isprintable() else " " for letter in text[:MAX_WORDS])
+
+
+def _pack(kind: str, header: str, array: ArrayRecord | None) -> RecordDict:
     records = RecordDict({HEADER: ConfigRecord({"kind": kind, "json": header})})
     if array is not None:
-        records[ARRAY] = ArrayRecord({ARRAY: Array(np.ascontiguousarray(array, dtype=np.float32))})
+        records[ARRAY] = array
     return records
 
 
-def _unpack(records: RecordDict) -> tuple[str, str, Vector | None]:
+def _unpack(records: RecordDict, most: float = math.inf) -> tuple[str, str, Payload | None]:
     try:
         header = records.config_records[HEADER]
         kind, text = header["kind"], header["json"]
-        if not (isinstance(kind, str) and isinstance(text, str)):
+        if not (isinstance(kind, str) and isinstance(text, str) and len(text) <= most):
             raise ValueError(HEADER)
         json.loads(text)
         array = records.array_records[ARRAY][ARRAY].numpy() if ARRAY in records.array_records else None
-        if array is not None and (array.dtype != np.float32 or array.ndim != 1):
+        if array is not None and (array.dtype != np.uint8 or array.ndim != 1):
             raise ValueError(ARRAY)
     except Exception:  # noqa: BLE001 - the bytes come from outside: whatever they break, they are no message
         raise ConnectionFailed("E-WIRE", "the message has not the records cotune sends") from None

@@ -52,8 +52,7 @@ def build_claim(job: Job, accounts: Mapping[str, Sequence[dict[str, Any]]], subj
     """
     private = job.is_private and bool(accounts) and all(_is_accounted(entries) for entries in accounts.values())
     delta = job.privacy.delta if job.privacy.delta != "auto" else math.nan
-    sites = [_site(name, entries, job, delta) for name, entries in sorted(accounts.items())]
-    sites = [{**site, "ledger_head": subject.heads.get(site["id"])} for site in sites]
+    sites = [{**site, "ledger_head": subject.heads.get(site["id"])} for site in site_costs(job, accounts)]
     guarantee = _guarantee(job, accounts, sites, delta) if private else None
     claim: dict[str, Any] = {
         "schema": SCHEMA,
@@ -106,6 +105,12 @@ def _is_accounted(entries: Sequence[dict[str, Any]]) -> bool:
 def events_of(entries: Sequence[dict[str, Any]]) -> list[Event]:
     """The events of one site's entries."""
     return [event_from_dict(entry["event"]) for entry in entries]
+
+
+def site_costs(job: Job, accounts: Mapping[str, Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What each site's entries cost its units, in order of names."""
+    delta = job.privacy.delta if job.privacy.delta != "auto" else math.nan
+    return [_site(name, entries, job, delta) for name, entries in sorted(accounts.items())]
 
 
 def _site(name: str, entries: Sequence[dict[str, Any]], job: Job, delta: float) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from cotune.shared.aggregation import what_is_trained
 from cotune.shared.job import Job
 from cotune.shared.privacy.mechanism import mechanism_of
 
@@ -102,7 +103,7 @@ def mechanism(job: Job) -> dict[str, str]:
     }[job.privacy.clipping]
     cap = job.train.max_batch_size
     return {
-        "name": "DP-SGD on LoRA " + ("B (A public and frozen)" if job.lora.freeze_a else "A and B"),
+        "name": f"DP-SGD on LoRA {what_is_trained(job.rule)}",
         "sampling": "Poisson" if cap is None else f"Poisson, at most {cap} of {job.units_per_site} units",
         "clipping": f"per {whose}, {how}, non-finite gradients count as zero",
         "noise": "ChaCha20 keyed by the operating system, float64" if secure else "SEEDED FOR TESTS: NOT PRIVATE",

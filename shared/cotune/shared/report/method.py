@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from cotune.shared.job import Job
 from cotune.shared.report import wording
 from cotune.shared.report.evidence import Evidence, Record
 
@@ -54,7 +55,7 @@ def _job_facts(evidence: Evidence) -> tuple[Fact, ...]:
             "Optimizer",
             f"{train.optimizer}{momentum}, learning rate {train.learning_rate:g}, {train.schedule}",
         ),
-        Fact("Joining of updates", f"{job.federation.aggregation} over sites, equal weights"),
+        Fact("Joining of updates", _joining(job)),
         Fact("Held-out rows", wording.file_name(job.eval.data) if job.eval.data else ""),
         Fact("Engine", str(summary.get("engine") or "")),
         Fact("Time", wording.duration(summary["seconds"]) if summary.get("seconds") else ""),
@@ -63,6 +64,14 @@ def _job_facts(evidence: Evidence) -> tuple[Fact, ...]:
         Fact("Public seed", str(job.run.seed)),
         Fact("Job's SHA-256", str(summary.get("job_sha256") or job.sha256())),
     )
+
+
+def _joining(job: Job) -> str:
+    settings = job.aggregation
+    parts = [settings.rule, "public weights" if settings.weights else "equal weights"]
+    parts += [f"robust: {settings.robust}"] if settings.robust != "none" else []
+    parts += [f"{settings.optimizer} at the coordinator"] if settings.optimizer != "none" else []
+    return ", ".join(parts)
 
 
 def _agreed(evidence: Evidence) -> str:
@@ -86,7 +95,7 @@ def mechanism_facts(evidence: Evidence) -> tuple[Fact, ...]:
             _range(sites, "noise_multiplier") or (noise if isinstance(noise, str) else f"{noise:.4g}"),
         ),
         Fact("Clipping norm", _range(sites, "clipping_norm") or f"{job.privacy.clipping_norm:g}"),
-        Fact("Noisy steps at each site", _range(sites, "steps") or f"{job.steps} planned"),
+        Fact("Noisy steps at each site", _range(sites, "steps") or f"{job.steps_per_site} planned"),
     ]
     if evidence.privacy == "test-noise":
         return (*facts, Fact("Noise", "seeded for tests: NOT PRIVATE"))
