@@ -7,12 +7,13 @@ from collections.abc import Callable
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from cotune.shared.adapter import Vector
+from cotune.shared.codec import Payload
+from cotune.shared.errors import CotuneError
 from cotune.shared.plan import LedgerRequest, RoundPlan
-from cotune.shared.update import Answer
+from cotune.shared.update import Answer, SiteFailure
 from cotune.shared.wire import answer_to_records, ledger_to_records, plan_from_records, request_from_records
 
-Answerer = Callable[[RoundPlan, Vector], Answer]
+Answerer = Callable[[RoundPlan, Payload], Answer]
 LedgerReader = Callable[[LedgerRequest], bytes]
 
 
@@ -25,7 +26,11 @@ def client_app(answer: Answerer, read_ledger: LedgerReader) -> ClientApp:
 
     @app.train()
     def train(message: Message, _context: Context) -> Message:  # pyright: ignore[reportUnusedFunction]
-        plan, adapter = plan_from_records(message.content)
+        try:
+            plan, adapter = plan_from_records(message.content)
+        except CotuneError as error:  # the coordinator knows whom it asked
+            failure = SiteFailure(site="", code=error.code, message=error.message, exit_code=error.exit_code)
+            return Message(answer_to_records(failure), reply_to=message)
         return Message(answer_to_records(answer(plan, adapter)), reply_to=message)
 
     @app.query()

@@ -16,6 +16,7 @@ from cotune.shared.jobfile import parse_job
 MAX_UNDECIDED = 200
 MAX_JOB_BYTES = 1_000_000
 PRIVATE_RULE = "records"
+UNUSED = "update not used"
 State = Literal["waiting", "approved", "denied", "refused"]
 _STATES: dict[str, State] = {
     "job.received": "waiting", "job.refused": "refused", "job.approved": "approved", "job.denied": "denied",
@@ -102,8 +103,15 @@ class Decisions:
         if line["job_sha256"] in self.standings() and line not in self.own_lines():
             append_line(self.folder / "own.jsonl", line)
 
+    def note_unused(self, job: Job, text: str) -> None:
+        """Note why the coordinator did not use an update of this site; at most as often as the job has rounds."""
+        line, lines = {"job_sha256": job.sha256(), "rule": UNUSED, "text": text}, self.own_lines()
+        noted = sum(known["rule"] == UNUSED and known["job_sha256"] == line["job_sha256"] for known in lines)
+        if line not in lines and noted < job.run.rounds:
+            append_line(self.folder / "own.jsonl", line)
+
     def own_lines(self) -> list[dict[str, str]]:
-        """Why checks of the site's own records refused jobs."""
+        """Why checks of the site's own records refused jobs, and why updates were not used."""
         return read_lines(self.folder / "own.jsonl")
 
     def approve(self, job: Job, by: Literal["admin", "policy"]) -> None:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cotune.client.budget import account
 from cotune.client.home import SiteHome
 from cotune.client.policy import DatasetPolicy, Policy
 from cotune.client.rules import BUDGET_RULES, RULES, Refusal, Request, first_refusal, over_round, unknown_dataset
+from cotune.shared.adapter import Vector
 from cotune.shared.chain import Entry, SignedHead, of_round, reserved
 from cotune.shared.errors import DataError, RefusedError
 from cotune.shared.plan import RoundPlan
 from cotune.shared.privacy.event import Event
-from cotune.shared.update import AdapterUpdate
-
-MAX_RESERVATIONS = 2  # of one round: it may be lost once
+from cotune.shared.update import MAX_CHARGES, AdapterUpdate
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,6 +69,8 @@ class Guard:
         self._require_approval(plan, policy)
         if plan.run_id not in request.account.runs:
             self._apply(plan, first_refusal(BUDGET_RULES, policy, dataset, request))
+        if plan.notice and request.account.runs.get(plan.run_id):
+            self.home.jobs.note_unused(plan.job, plan.notice)
         if not self.home.is_simulated:
             with self.data_errors(plan):
                 self.home.files.note(dataset)
@@ -127,7 +128,7 @@ class Guard:
         update is never trained again. On an error nothing may be trained, while the charge may stand.
 
         Raises:
-            RefusedError: E-BUDGET, E-ROUND-DONE or E-ROUND-LOST.
+            RefusedError: E-BUDGET, E-PLAN, E-ROUND-DONE or E-ROUND-LOST.
             StorageError: The ledger could not be written.
         """
 
@@ -154,8 +155,8 @@ class Guard:
                 self.home.jobs.refuse(plan.job, error.param, error.message)
             raise
 
-    def release(self, plan: RoundPlan, update: AdapterUpdate) -> AdapterUpdate:
-        """Write an update down, then commit its round; what comes back may be sent.
+    def release(self, plan: RoundPlan, update: AdapterUpdate, memory: Mapping[str, Vector]) -> AdapterUpdate:
+        """Write an update down, then commit its round; what comes back, signed, may be sent.
 
         Guarantee: an update is on disk before its round is committed, and committed before it is sent. So
         whoever asks again gets the same numbers, and a round never gives two updates.
@@ -167,9 +168,9 @@ class Guard:
             RefusedError: The round was never charged, or gave another update that is gone (E-ROUND-DONE).
             StorageError: The disk failed; nothing may be sent.
         """
-        if self.home.updates.write(plan.run_id, plan.round, update):
+        if self.home.updates.write(plan.run_id, plan.round, update, memory):
             self._commit(plan, update.header.update_sha256)
-            return self._with_heads(plan, update)
+            return self._signed(plan, update)
         faster = self.kept(plan)
         if faster is None:
             raise RefusedError("E-ROUND-DONE", f"{self._round(plan)} gave another update already")
@@ -202,7 +203,7 @@ class Guard:
                 "E-ROUND-BASE", f"{self._round(plan)} was trained from another global adapter, and gives one update"
             )
         self._commit(plan, header.update_sha256)
-        return self._with_heads(plan, update)
+        return self._signed(plan, update)
 
     def _commit(self, plan: RoundPlan, update_sha256: str) -> None:
         ledger = self.home.ledger
@@ -214,18 +215,21 @@ class Guard:
             if ledger.committed(plan.run_id, plan.round) != update_sha256:  # another process had the same one
                 raise
 
-    def _with_heads(self, plan: RoundPlan, update: AdapterUpdate) -> AdapterUpdate:
-        """The update with this site's newest head, and the newest it holds of the sites its plan named."""
+    def _signed(self, plan: RoundPlan, update: AdapterUpdate) -> AdapterUpdate:
+        """The update with this site's newest head, and the newest it holds of the sites its plan named, signed."""
         named = {head.site for head in plan.heads} - {self.name}
         held = self.home.peers.heads()
         witnessed = tuple(held[site] for site in sorted(named & held.keys()))
-        heads = {"head": self.home.ledger.head, "witnessed": witnessed}
-        return AdapterUpdate(update.header.model_copy(update=heads), update.delta)
+        charges = len(self.home.ledger.rounds(plan.run_id, plan.round))
+        said = {"head": self.home.ledger.head, "witnessed": witnessed, "charges": charges, "signature": ""}
+        header = update.header.model_copy(update=said)
+        signature = self.home.ledger.sign("cotune-update", header.message())
+        return AdapterUpdate(header.model_copy(update={"signature": signature}), update.payload)
 
     def _request(self, plan: RoundPlan, dataset: DatasetPolicy, model_sha256: str) -> Request:
         return Request(
             job=plan.job,
-            rounds=plan.job.run.rounds - plan.round + 1,
+            rounds=min(plan.job.run.rounds - plan.round + 1, plan.job.rounds_per_site),
             model_sha256=model_sha256,
             signature=plan.signature,
             account=account(self.home.ledger.entries, dataset),
@@ -239,6 +243,17 @@ class Guard:
         charged = reserved(self.home.ledger.entries, run_id=plan.run_id)
         if any(entry.fields["job_sha256"] != plan.job.sha256() for entry, _ in charged):
             raise RefusedError("E-PLAN", f"{self.name}: {plan.run_id} is the run of another job")
+        if plan.rank != plan.job.rank_of(self.name):
+            raise RefusedError("E-PLAN", f"{self.name}: the plan's rank is not the job's for this site")
+        if plan.offset_rank and not plan.job.rule.offset:
+            raise RefusedError("E-PLAN", f"{self.name}: the plan adds to the base weights, the job's rule does not")
+        self._require_turn(plan, self.home.ledger.entries)
+
+    def _require_turn(self, plan: RoundPlan, entries: Sequence[Entry]) -> None:
+        most = plan.job.rounds_per_site
+        taken = {entry.fields["round"] for entry, _ in reserved(entries, run_id=plan.run_id)} - {plan.round}
+        if len(taken) >= most:
+            raise RefusedError("E-PLAN", f"{self.name}: took part in {most} rounds, the most the job lets a site")
 
     def _require_approval(self, plan: RoundPlan, policy: Policy) -> None:
         sha256 = plan.job.sha256()
@@ -261,8 +276,9 @@ class Guard:
     def _check_round(self, plan: RoundPlan, entries: Sequence[Entry]) -> None:
         if of_round(entries, "budget.commit", plan.run_id, plan.round):
             raise RefusedError("E-ROUND-DONE", f"{self._round(plan)} gave its update already")
-        if len(of_round(entries, "budget.reserve", plan.run_id, plan.round)) >= MAX_RESERVATIONS:
-            raise RefusedError("E-ROUND-LOST", f"{self._round(plan)} was lost {MAX_RESERVATIONS} times")
+        if len(of_round(entries, "budget.reserve", plan.run_id, plan.round)) >= MAX_CHARGES:
+            raise RefusedError("E-ROUND-LOST", f"{self._round(plan)} was lost {MAX_CHARGES} times")
+        self._require_turn(plan, entries)
 
     def _round(self, plan: RoundPlan) -> str:
         return f"{self.name}: round {plan.round} of {plan.run_id}"

@@ -33,6 +33,7 @@ from cotune.shared.chain import (
 )
 from cotune.shared.errors import RefusedError, StorageError
 from cotune.shared.privacy.event import Event
+from cotune.shared.signing import Namespace
 
 Rule = Callable[[Sequence[Entry]], None]
 _NOW = partial(datetime.now, UTC)
@@ -134,6 +135,10 @@ class Ledger:
 
         fields = {"run_id": run_id, "round": round_number, "update_sha256": update_sha256}
         return self._append("budget.commit", fields, open_round)
+
+    def sign(self, namespace: Namespace, message: bytes) -> str:
+        """A signature by the key that signs this ledger's heads."""
+        return self._key.sign(namespace, message)
 
     def events(self, dataset: str) -> list[Event]:
         """Everything ever reserved for a data set, committed or not."""

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from cotune.client.data import SiteExamples
 from cotune.client.guard import Guard
 from cotune.client.policy import DatasetPolicy
 from cotune.client.randomness import RandomStream, reproducible_stream, secure_stream
-from cotune.client.training import Trainer
-from cotune.shared.adapter import Vector, fingerprint, flat_sha256
-from cotune.shared.errors import RefusedError
+from cotune.client.training import RoundResult, Start, Trainer
+from cotune.shared.adapter import Layout, Vector, fingerprint, flat_sha256, nested
+from cotune.shared.aggregation import CONTROL, returned, sent
+from cotune.shared.codec import Payload, decode, encode
+from cotune.shared.errors import RefusedError, RunFailed
 from cotune.shared.features import Features
 from cotune.shared.job import Job
-from cotune.shared.methods import initial_values, read, write
+from cotune.shared.methods import initial_values
 from cotune.shared.plan import RoundPlan, cotune_version
 from cotune.shared.privacy.accounting import epsilon
-from cotune.shared.privacy.mechanism import Mechanism, mechanism_of
-from cotune.shared.update import AdapterUpdate, UpdateHeader
+from cotune.shared.privacy.mechanism import mechanism_of
+from cotune.shared.schedule import public_seed, rates_of
+from cotune.shared.update import AdapterUpdate, UpdateHeader, payload_sha256
+
+LOST = "lost"  # what the codec left out of the updates so far
 
 
 class SiteData(Protocol):
@@ -53,15 +59,16 @@ class Site:
         return self.guard.name
 
     def train(
-        self, plan: RoundPlan, adapter: Vector, trainer: Trainer, progress: Callable[[int], None]
+        self, plan: RoundPlan, payload: Payload, trainer: Trainer, progress: Callable[[int], None]
     ) -> AdapterUpdate:
         """Train one round and release the noised update.
 
-        Guarantee: what is returned is a function of what `Trainer.train_round` gives away and of the plan; its
-        cost for each unit of this site, by the mechanism's adjacency, is the event in the header and nothing
-        more. That event is in the ledger, durably, before the first example is drawn, and stays there
-        whatever happens next. An update is written down before it is sent; asked for the same round again,
-        the site returns the very same bytes, which costs nothing.
+        Guarantee: what is returned is a function of what `Trainer.train_round` gives away, of the plan and of
+        earlier updates; its cost for each unit of this site, by the mechanism's adjacency, is the event in the
+        header and nothing more. That event is in the ledger, durably, before the first example is drawn, and
+        stays there whatever happens next. An update is written down before it is sent; asked for the same round
+        again, the site returns the very same numbers, which costs nothing. Encoding, what error feedback carries
+        over, and SCAFFOLD's control variates are post-processing.
 
         Edge cases: a plan that does not hold together, costs more than the job promises, or breaks a rule or
         the budget of the site is refused before any record is read; records the site's own check does not
@@ -70,10 +77,12 @@ class Site:
 
         Raises:
             RefusedError: The plan, the policy or the budget says no; the rule is named.
+            ConnectionFailed: E-CODEC: the payload is no adapter in the job's `transport.codec_down`.
             StorageError: The ledger cannot be written, or is older than what this site has signed.
+            RunFailed: E-DIVERGED: training left the numbers float32 has; the round stays charged.
         """
         job = plan.job
-        self._check(plan, adapter, trainer)
+        arrays = self._sent(plan, payload, trainer)
         dataset = self.guard.admit(plan, trainer.model_sha256)
         self._check_promise(job)
         kept = self.guard.kept(plan)
@@ -84,37 +93,60 @@ class Site:
         self.guard.check_records(plan, dataset, rows=len(data.examples), units=data.units)
         mechanism = mechanism_of(job, plan.clipping_norm)
         self.guard.reserve(plan, dataset, mechanism.event(job.train.local_steps))
-        return self.guard.release(plan, self._train(plan, adapter, trainer, data, mechanism, progress))
-
-    def _train(
-        self,
-        plan: RoundPlan,
-        adapter: Vector,
-        trainer: Trainer,
-        data: SiteExamples,
-        mechanism: Mechanism,
-        progress: Callable[[int], None],
-    ) -> AdapterUpdate:
-        """The update of a round that has been charged."""
-        job = plan.job
+        start = self._start(plan, arrays, trainer.layout)
         torch.set_num_threads(job.simulation.threads if job.simulation.threads != "auto" else 1)
-        frozen = initial_values(trainer.layout, job.run.seed)
-        write(trainer.network.adapted, {**frozen, **trainer.layout.unflatten(adapter)})
         features = Features(trainer.network, data.examples, self.work)
-        result = trainer.train_round(plan.round, data, features, mechanism, self._stream(plan), progress)
-        delta = trainer.layout.flatten(read(trainer.network.adapted)) - adapter
+        result = trainer.train_round(start, data, features, mechanism, self._stream(plan), progress)
+        return self._release(plan, start, result, trainer.layout)
+
+    def _sent(self, plan: RoundPlan, payload: Payload, trainer: Trainer) -> dict[str, Vector]:
+        """The global adapter that came with a plan, which is the one the plan is about."""
+        job = plan.job
+        down = sent(trainer.layout.at_rank(plan.rank), plan.offset_rank, job.train.scaffold)
+        flat = decode(payload, job.transport.codec_down, down.size)
+        self._check(plan, flat, trainer)
+        return down.unflatten(flat)
+
+    def _start(self, plan: RoundPlan, arrays: Mapping[str, Vector], layout: Layout) -> Start:
+        """Where the round starts: what was sent, the frozen rest, and SCAFFOLD's correction c - c_i."""
+        frozen = nested(initial_values(layout, plan.job.run.seed), plan.rank)
+        own = self.guard.home.updates.memory(plan.run_id, plan.round)
+        controls = {name.removesuffix(CONTROL): array for name, array in arrays.items() if name.endswith(CONTROL)}
+        correction = {name: c - own.get(name + CONTROL, np.zeros_like(c)) for name, c in controls.items()}
+        return Start(plan.round, {**frozen, **arrays}, correction)
+
+    def _release(self, plan: RoundPlan, start: Start, result: RoundResult, layout: Layout) -> AdapterUpdate:
+        """Encode, write down, commit and sign the round's update."""
+        job = plan.job
+        up = returned(job.rule, layout.at_rank(plan.rank), plan.round)
+        delta = up.flatten(result.arrays) - up.flatten(start.arrays)
+        lost = self.guard.home.updates.memory(plan.run_id, plan.round).get(LOST)
+        carried = delta if lost is None else delta + lost
+        if not np.isfinite(carried).all():
+            raise RunFailed(
+                "E-DIVERGED",
+                f"{self.name}: round {plan.round} ended at numbers too large for float32, which no update can carry",
+                param="train.learning_rate",
+            )
+        codec = job.transport.codec_up
+        payload = encode(carried, codec, public_seed(job, "up", self.name, plan.round))
+        memory = {LOST: carried - decode(payload, codec, up.size)} if job.transport.error_feedback else {}
+        if job.train.scaffold:  # c_i - c + (x - y_i) / (sum of rates): Karimireddy et al. 2020, algorithm 1, option II
+            rate, moved = sum(rates_of(job, plan.round)), up.unflatten(delta)
+            memory |= {name + CONTROL: -c - moved[name] / np.float32(rate) for name, c in start.correction.items()}
         header = UpdateHeader(
             site=self.name,
+            run_id=plan.run_id,
             round=plan.round,
             job_sha256=job.sha256(),
             base_sha256=plan.base_sha256,
-            update_sha256=flat_sha256(delta),
-            event=mechanism.event(job.train.local_steps).to_dict(),
+            update_sha256=payload_sha256(payload),
+            event=mechanism_of(job, plan.clipping_norm).event(job.train.local_steps).to_dict(),
             head=self.guard.home.ledger.head,
             clipping_norm=result.clipping_norm,
             train_loss=result.loss,
         )
-        return AdapterUpdate(header, delta)
+        return self.guard.release(plan, AdapterUpdate(header, payload), memory)
 
     def _stream(self, plan: RoundPlan) -> RandomStream:
         if plan.job.privacy.noise == "test":
@@ -125,7 +157,6 @@ class Site:
         facts = {
             "cotune version": (plan.cotune, cotune_version()),
             "job": (plan.job.sha256(), trainer.job_sha256),
-            "size": (str(trainer.layout.size), str(adapter.size)),
             "global adapter": (plan.base_sha256, flat_sha256(adapter)),
             "frozen part": (
                 plan.frozen_sha256,
@@ -142,7 +173,7 @@ class Site:
         """A job may not cost more than the epsilon it promises a unit, at all the sites the unit may be at."""
         if job.privacy.level == "none" or job.privacy.delta == "auto":
             return  # a policy lets neither pass, but for simulations that promise nothing
-        cost = epsilon([mechanism_of(job).event(job.steps * job.data.sites_per_unit)], job.privacy.delta)
+        cost = epsilon([mechanism_of(job).event(job.steps_per_site * job.data.sites_per_unit)], job.privacy.delta)
         if cost > job.privacy.epsilon:
             raise RefusedError(
                 "E-BUDGET",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,29 +15,55 @@ from numpy.typing import NDArray
 from cotune.client.clipping import ClippedSum, PerUnit, clipped_sum, sum_by_unit
 from cotune.client.data import SiteExamples
 from cotune.client.gradients import PerExampleGradients
+from cotune.client.leaves import Leaves, merged
 from cotune.client.noise import draw_noise, privatise
 from cotune.client.randomness import RandomStream
 from cotune.client.sampling import draw_batch
-from cotune.shared.adapter import Layout
+from cotune.shared.adapter import Layout, Vector
+from cotune.shared.aggregation import OFFSET_A, OFFSET_B, trained_at
 from cotune.shared.features import Features
-from cotune.shared.job import Job, TrainSettings
-from cotune.shared.methods import layout, trainable
+from cotune.shared.job import Job
+from cotune.shared.methods import layout as layout_of_adapter
+from cotune.shared.methods import write
 from cotune.shared.network import Network, padded_length, passes
 from cotune.shared.privacy.mechanism import Mechanism
+from cotune.shared.schedule import learning_rate
+from cotune.shared.sections import TrainSettings
 
-FINAL_RATE = 0.1
 HELD_BYTES = 2**28  # of gradients of units with several examples
 
 
 @dataclass(frozen=True)
-class RoundResult:
-    """What a round gives away besides the adapter; all of it noised and accounted.
+class Start:
+    """Where a round starts; all of it public or noised before.
 
     Attributes:
+        round: Counted from 1.
+        arrays: The whole adapter by name, at the site's rank, with an offset if the rule keeps one.
+        correction: By name of a trained tensor: what SCAFFOLD adds to each of its gradients.
+    """
+
+    round: int
+    arrays: Mapping[str, Vector]
+    correction: Mapping[str, Vector] = field(default_factory=dict)
+
+    @property
+    def own(self) -> dict[str, Vector]:
+        """The adapter without the offset, which is merged into the base."""
+        return {n: a for n, a in self.arrays.items() if OFFSET_A not in n and OFFSET_B not in n}
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What a round gives away; all of it noised and accounted.
+
+    Attributes:
+        arrays: The trained tensors as they are now, by name.
         clipping_norm: Where adaptive clipping has got to; None for a norm that does not move.
         loss: Mean training loss over the round's steps, in nats; None if the job does not ask for it.
     """
 
+    arrays: Mapping[str, Vector]
     clipping_norm: float | None
     loss: float | None
 
@@ -47,7 +73,8 @@ class Trainer:
 
     def __init__(self, network: Network, job: Job, model_sha256: str) -> None:
         self.network = network
-        self.layout: Layout = layout(network.adapted)
+        # At the job's rank, whatever the rank of whoever used the network before.
+        self.layout: Layout = layout_of_adapter(network.adapted, job.rule).at_rank(job.lora.r)
         self.job_sha256 = job.sha256()
         self.model_sha256 = model_sha256
         self._job = job
@@ -55,58 +82,70 @@ class Trainer:
 
     def train_round(
         self,
-        round_number: int,
+        start: Start,
         data: SiteExamples,
         features: Features,
         mechanism: Mechanism,
         stream: RandomStream,
         progress: Callable[[int], None],
     ) -> RoundResult:
-        """Take the round's local steps on the network's adapter, in place.
+        """Take the round's local steps on the network's adapter.
 
         Guarantee: what the adapter becomes and what is returned depend on the examples only through
         `train.local_steps` calls of `privatise`, each on the clipped sums of one fresh Poisson batch of units
-        with noise of its own: the event `mechanism.event(local_steps)` is all that is released. The optimiser
-        and the moving clipping norm are post-processing; the optimiser starts anew each round.
+        with noise of its own: the event `mechanism.event(local_steps)` is all that is released. The optimiser,
+        the pull of FedProx, the correction of SCAFFOLD and the moving clipping norm are post-processing; the
+        optimiser starts anew each round. A step clips and noises the tensors it trains, and releases no others.
 
         Edge cases: an empty batch is a step of noise alone, taken like any other.
         """
-        parameters = trainable(self.network.adapted)
-        optimiser = _optimiser(list(parameters.values()), self._job.train)
+        job, adapted = self._job, self.network.adapted
+        layout = Layout({name: array.shape for name, array in start.own.items()}, self.layout.trained)
+        first = (start.round - 1) * job.train.local_steps
         losses: list[float] = []
-        with ThreadPoolExecutor(1) as side:  # noise is made while gradients are computed
-            for step in range(self._job.train.local_steps):
+        write(adapted, start.own)
+        leaves = Leaves(adapted, layout, start.arrays)
+        optimiser = _optimiser(list(leaves.parameters.values()), job.train)
+        with merged(adapted, start.arrays), ThreadPoolExecutor(1) as side:  # noise is made beside the gradients
+            for step in range(first, first + job.train.local_steps):
+                part = layout.only(trained_at(job.rule, layout.trained, start.round, step))
                 batch = draw_batch(mechanism, data.units, stream)
-                noise = side.submit(draw_noise, mechanism, self.layout.size, stream)
-                clipped = self._sum(batch, data, features, mechanism)
+                noise = side.submit(draw_noise, mechanism, part.size, stream)
+                clipped = self._sum(batch, data, features, mechanism, leaves, part)
                 released = privatise(clipped, mechanism, noise.result())
-                for name, values in self.layout.unflatten(released.gradient).items():
-                    parameters[name].grad = torch.from_numpy(values.copy()).to(parameters[name].device)
-                for group in optimiser.param_groups:
-                    group["lr"] = learning_rate(self._job, (round_number - 1) * self._job.train.local_steps + step)
-                optimiser.step()
-                optimiser.zero_grad()
-                mechanism = _moved(mechanism, released.below, self._job)
+                _step(optimiser, leaves, part.unflatten(released.gradient), start, learning_rate(job, step), job)
+                mechanism = _moved(mechanism, released.below, job)
                 losses += [] if released.loss is None else [released.loss]
-                progress(step + 1)
+                progress(step - first + 1)
         loss = sum(losses) / len(losses) if losses else None
-        return RoundResult(mechanism.clipping_norm if mechanism.adaptive else None, loss)
+        return RoundResult(leaves.values(), mechanism.clipping_norm if mechanism.adaptive else None, loss)
 
-    def _sum(self, batch: NDArray[np.intp], data: SiteExamples, features: Features, mechanism: Mechanism) -> ClippedSum:
+    def _sum(
+        self,
+        batch: NDArray[np.intp],
+        data: SiteExamples,
+        features: Features,
+        mechanism: Mechanism,
+        leaves: Leaves,
+        part: Layout,
+    ) -> ClippedSum:
         """Clipped sums over one Poisson batch, some units at a time; no noise in between."""
         at_once = self._job.train.microbatch
         if data.units < len(data.examples):  # gradients are held until a unit's last example
-            at_once = max(1, HELD_BYTES // (8 * self.layout.size))
+            at_once = max(1, HELD_BYTES // (8 * part.size))
         units = sorted(
             (int(unit) for unit in batch), key=lambda unit: padded_length(len(data.examples[data.rows(unit)[-1]].ids))
         )
-        total = ClippedSum.zero(self.layout.size)
+        total = ClippedSum.zero(part.size)
         for start in range(0, len(units), at_once):
-            total = total + clipped_sum(self._per_unit(units[start : start + at_once], data, features), mechanism)
+            found = self._per_unit(units[start : start + at_once], data, features, leaves, part)
+            total = total + clipped_sum(found, mechanism)
         return total
 
-    def _per_unit(self, units: Sequence[int], data: SiteExamples, features: Features) -> PerUnit:
-        """Gradients of some units, each the sum over all its examples, however many passes that takes.
+    def _per_unit(
+        self, units: Sequence[int], data: SiteExamples, features: Features, leaves: Leaves, part: Layout
+    ) -> PerUnit:
+        """A step's gradients of some units, each the sum over all its examples, however many passes that takes.
 
         Guarantee: what a unit adds depends on its own examples alone, but for less than a millionth of it: an
         example is padded by its own length, and shares a pass only with examples padded alike, so that others
@@ -120,17 +159,40 @@ class Trainer:
         for places in passes([data.examples[row] for row in rows], self._job.train.microbatch):
             some = [int(row) for row in rows[places]]
             found = self._gradients.of([data.examples[row] for row in some], features.of(some))
-            part = sum_by_unit(found, owners[places], len(units))
-            total = part if total is None else total + part
+            found = replace(found, gradients=leaves.gradients(found.gradients, part.trained))
+            summed = sum_by_unit(found, owners[places], len(units))
+            total = summed if total is None else total + summed
         assert total is not None  # noqa: S101 - a chunk has a unit, and a unit an example
         return total
 
 
-def learning_rate(job: Job, step: int) -> float:
-    """The public learning rate of a global step, counted from 0."""
-    if job.train.schedule == "constant" or job.steps == 1:
-        return job.train.learning_rate
-    return job.train.learning_rate * (1 - (1 - FINAL_RATE) * step / (job.steps - 1))
+def _step(
+    optimiser: torch.optim.Optimizer,
+    leaves: Leaves,
+    gradients: Mapping[str, Vector],
+    start: Start,
+    rate: float,
+    job: Job,
+) -> None:
+    """One step of the optimiser along noised gradients; tensors without one stay.
+
+    FedProx adds proximal x (w - w_start), Li et al. 2020, equation 2. SCAFFOLD adds c - c_i, Karimireddy et al.
+    2020, algorithm 1; its c_i is made from updates that were noised before (option II), so both cost nothing.
+    """
+    for name, values in gradients.items():
+        parameter = leaves.parameters[name]
+        gradient = torch.from_numpy(values.copy()).to(parameter.device)
+        if job.train.proximal:
+            origin = torch.from_numpy(np.array(start.arrays[name])).to(parameter.device)
+            gradient += job.train.proximal * (parameter.detach() - origin)
+        if name in start.correction:
+            gradient += torch.from_numpy(np.array(start.correction[name])).to(parameter.device)
+        parameter.grad = gradient
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    optimiser.step()
+    optimiser.zero_grad()
+    leaves.settle()
 
 
 def _moved(mechanism: Mechanism, below: float | None, job: Job) -> Mechanism:
