@@ -15,12 +15,17 @@ from cotune.shared.runs import RunFolder
 RunConfig = Mapping[str, bool | float | int | str]
 
 
-def server_app(open_run: Callable[[RunConfig], RunFolder], sites_of: Callable[[Job], Sequence[str]]) -> ServerApp:
+def server_app(
+    open_run: Callable[[RunConfig], RunFolder],
+    sites_of: Callable[[Job], Sequence[str]],
+    at_once: Callable[[Job], int],
+) -> ServerApp:
     """A ServerApp that runs the job its run configuration names.
 
     Args:
         open_run: The run folder for a run configuration; made if need be.
         sites_of: Names of a job's sites.
+        at_once: How many sites are asked at a time; what they answer is held until it is its turn.
     """
     app = ServerApp()
 
@@ -28,6 +33,6 @@ def server_app(open_run: Callable[[RunConfig], RunFolder], sites_of: Callable[[J
     def main(grid: Grid, context: Context) -> None:  # pyright: ignore[reportUnusedFunction]
         run = open_run(context.run_config)
         job = run.job()
-        conduct(run, GridFleet(grid, sites_of(job), job.federation.round_timeout_s), "flower")
+        conduct(run, GridFleet(grid, sites_of(job), job.federation.round_timeout_s, at_once(job)), "flower")
 
     return app

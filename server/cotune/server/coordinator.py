@@ -1,51 +1,51 @@
-"""The round loop: reserve, ask, admit, aggregate, checkpoint, evaluate. It knows no transport."""
+"""The round loop: select, reserve, ask, join, checkpoint, evaluate. It knows no transport."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import geometric_mean
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from cotune.server.admission import reason_to_reject
-from cotune.server.aggregation.mean import AGGREGATORS
+import numpy as np
+
 from cotune.server.checkpoint import Progress, load_checkpoint, save_checkpoint
+from cotune.server.collecting import Collected, Collector, Received, require_enough
 from cotune.server.evaluation import GlobalEvaluator
+from cotune.server.fleet import Fleet, Request
+from cotune.server.joining import Joined, Joiner
+from cotune.server.selection import select
+from cotune.server.sending import Sending, sending
 from cotune.server.spending import Spending
+from cotune.server.spool import Spool
 from cotune.server.witness import Witness
-from cotune.shared.adapter import Layout, Vector, fingerprint, flat_sha256
-from cotune.shared.errors import RefusedError, RunFailed, ended
+from cotune.shared.adapter import Layout, Vector, fingerprint
+from cotune.shared.aggregation import CONTROL
+from cotune.shared.chain import read_chain, require_agreement, reserved
+from cotune.shared.errors import CotuneError, RunFailed
 from cotune.shared.files import storage_errors, write_atomic
+from cotune.shared.folding import folded
 from cotune.shared.job import Job
 from cotune.shared.methods import initial_values
 from cotune.shared.plan import LedgerRequest, RoundPlan, cotune_version
 from cotune.shared.runs import RunFolder
-from cotune.shared.update import AdapterUpdate, Answer, SiteFailure
 
 if TYPE_CHECKING:
     from cotune.shared.evaluation import Evaluation
 
 
-class Fleet(Protocol):
-    """The sites, however they are reached."""
-
-    def sites(self) -> Sequence[str]:
-        """Names of the sites of this run, in order."""
-        ...
-
-    def ask(self, plans: Sequence[RoundPlan], adapter: Vector) -> Iterator[Answer]:
-        """Send each site its plan; yield answers as they come, at most one a site."""
-        ...
-
-    def ledgers(self, requests: Sequence[LedgerRequest]) -> Iterator[tuple[str, bytes]]:
-        """Ask sites for their ledgers; yield those that come, by site."""
-        ...
-
-
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run has to show."""
+    """What a finished run has to show.
+
+    Attributes:
+        arrays: The plain adapter by PEFT name.
+        base: Scores before the first round; None without evaluation data.
+        final: Scores of the adapter.
+        traffic: Site -> bytes (up, down).
+        seconds: Of this process; an interrupted run took longer.
+    """
 
     arrays: Mapping[str, Vector]
     base: Evaluation | None
@@ -65,14 +65,15 @@ class Coordinator:
         self._evaluator = evaluator
         self._spending = Spending(run, self._job)
         self._witness = Witness(run.privacy / "heads.json")
+        self._joiner = Joiner(self._job, layout, evaluator.root_update)
         self._initial = initial_values(layout, self._job.run.seed)
         self._frozen_sha256 = fingerprint(self._initial)
 
     def run(self, fleet: Fleet) -> Outcome:
         """Run every round that is left and return the result.
 
-        A run that was interrupted goes on from its newest checkpoint. A round that sites were asked for but
-        that was never finished stays spent, so it counts as one of the job's rounds.
+        A run that was interrupted goes on from its newest checkpoint. Sites answer what they were asked before
+        with the same bytes, so it ends as it would have without the interruption, and every round is charged once.
 
         Raises:
             RunFailed: Too few sites answered.
@@ -80,125 +81,159 @@ class Coordinator:
             StorageError: A checkpoint could not be written; earlier ones are whole.
         """
         started = time.monotonic()
-        progress = load_checkpoint(self._run) or Progress(0, self._initial, self._job.privacy.clipping_norm)
-        base = self._score(0, self._initial, full=True)
-        left = self._spending.rounds_left(progress.round)
-        for number in left:
+        progress = load_checkpoint(self._run) or self._start()
+        self._run.forget_metrics_after(progress.round)
+        base = self._score(0, self._published(self._start()), full=True)
+        if 0 < progress.round < self._job.run.rounds and progress.round % self._job.eval.every == 0:
+            self._score(progress.round, self._published(progress), full=False)  # perhaps it had not come to that
+        for number in range(progress.round + 1, self._job.run.rounds + 1):
             self._run.set_state("running", number)
             progress = self._round(number, progress, fleet)
-            save_checkpoint(self._run, progress, self._config)
-            if number % self._job.eval.every == 0 and number != left[-1]:
-                self._score(number, progress.arrays, full=False)
-        if not progress.round:
-            raise RunFailed("E-NO-ROUND", "no round is left to take: interruptions have spent the whole budget")
-        final = self._score(progress.round, progress.arrays, full=True)
+            published = self._published(progress)
+            save_checkpoint(self._run, progress, published, self._config)
+            if number % self._job.eval.every == 0 and number != self._job.run.rounds:
+                self._score(number, published, full=False)
+        published = self._published(progress)
+        final = self._score(progress.round, published, full=True)
         self._collect_ledgers(fleet)
-        return Outcome(progress.arrays, base, final, progress.traffic, time.monotonic() - started)
+        return Outcome(published, base, final, progress.traffic, time.monotonic() - started)
+
+    def _start(self) -> Progress:
+        controls = {n + CONTROL: np.zeros_like(self._initial[n]) for n in self._layout.trained}
+        arrays = {**self._initial, **(controls if self._job.train.scaffold else {})}
+        return Progress(0, arrays, self._job.privacy.clipping_norm)
+
+    def _published(self, progress: Progress) -> dict[str, Vector]:
+        return folded(self._joiner.published(progress.arrays, progress.memory))
 
     def _round(self, number: int, progress: Progress, fleet: Fleet) -> Progress:
-        started = time.monotonic()
-        flat = self._layout.flatten(progress.arrays)
-        plans = self._plans(fleet.sites(), progress, flat)
-        self._spending.reserve(number, plans)
-        aggregate = AGGREGATORS[self._job.federation.aggregation]()
+        job, available = self._job, fleet.sites()
+        asked = select(job, number, available, self._spending.taken(number), progress.absent)
+        if not asked:
+            raise RunFailed("E-NO-SITE", f"round {number}: there is no site to ask", hint="cotune resume RUN")
+        ranks = {job.rank_of(site) for site in asked}
+        sent = {rank: sending(job, self._layout, progress.arrays, rank, number) for rank in sorted(ranks)}
+        requests = self._requests(asked, available, progress, sent)
+        self._spending.reserve(number, asked)
+        ups, before = ({r: s.up for r, s in sent.items()}, {r: s.arrays for r, s in sent.items()})
+        with Spool(self._run.path / ".spool", ups, before, job.aggregation.weights) as spool:
+            sizes = {site: ups[job.rank_of(site)].size for site in asked}
+            collector = Collector(self._run, requests, sizes, self._witness, spool)
+            found = collector.collect(fleet, job.federation.quorum or len(asked))
+            charges = {site: received.charges for site, received in found.received.items()}
+            self._spending.answered(number, found.refused, charges)
+            self._witness.save()
+            self._record_sites(number, found.received)
+            require_enough(found, job.federation.min_sites, number, self._run.run_id)
+            joined = self._joiner.join(progress.arrays, progress.memory, spool, number)
+        self._say(number, found, joined)
+        return self._after(number, progress, found, joined)
+
+    def _requests(
+        self, asked: Sequence[str], available: Sequence[str], progress: Progress, sent: Mapping[int, Sending]
+    ) -> dict[str, Request]:
+        """What each site is asked in the round after `progress`."""
+        requests: dict[str, Request] = {}
+        for site in asked:
+            rank = self._job.rank_of(site)
+            plan = RoundPlan(
+                run_id=self._run.run_id,
+                cotune=cotune_version(),
+                job=self._job,
+                site=site,
+                round=progress.round + 1,
+                base_sha256=sent[rank].sha256,
+                rank=rank,
+                offset_rank=sent[rank].offset_rank,
+                frozen_sha256=self._frozen_sha256,
+                clipping_norm=progress.clipping_norm,
+                heads=self._witness.heads_for(site, available),
+                notice=progress.notices.get(site),
+            )
+            requests[site] = Request(plan, sent[rank].payload)
+        return requests
+
+    def _after(self, number: int, progress: Progress, found: Collected, joined: Joined) -> Progress:
+        norms = [received.clipping_norm for received in found.received.values() if received.clipping_norm]
         traffic = dict(progress.traffic)
-        norms: list[float] = []
-        refusals: list[SiteFailure] = []
-        seen: set[str] = set()
-        for answer in fleet.ask(list(plans.values()), flat):
-            if isinstance(answer, SiteFailure):
-                refusals.append(answer)
-                if answer.exit_code == RefusedError.exit_code:
-                    self._spending.refused(number, answer.site)
-                self._run.emit("site", f"{answer.site}: {answer.message}", "warn", failure=answer.model_dump())
-            elif self._admit(answer, plans, number, seen):
-                site = answer.header.site
-                aggregate.add(site, answer.delta)
-                norms += [answer.header.clipping_norm] if answer.header.clipping_norm else []
-                down = int(flat.nbytes) + len(plans[site].model_dump_json())
-                traffic[site] = _plus(traffic.get(site, (0, 0)), (answer.bytes, down))
-                self._record_site(number, answer, down, time.monotonic() - started)
-        admitted = len(seen)
-        self._require(admitted, refusals, number)
-        arrays = {**progress.arrays, **self._layout.unflatten(flat + aggregate.result())}
-        self._run.emit("round", f"round {number}: {admitted} updates joined", round=number, admitted=admitted)
-        norm = geometric_mean(norms) if norms else progress.clipping_norm
-        return replace(progress, round=number, arrays=arrays, clipping_norm=norm, traffic=traffic)
+        for site, received in found.received.items():
+            up, down = traffic.get(site, (0, 0))
+            traffic[site] = (up + received.bytes_up, down + received.bytes_down)
+        answered = found.received.keys() | found.rejected.keys()
+        told = {site: text for site, text in progress.notices.items() if site not in found.received}
+        return replace(
+            progress,
+            round=number,
+            arrays=joined.arrays,
+            memory=joined.memory,
+            clipping_norm=_moved(progress.clipping_norm, norms, self._job),
+            traffic=traffic,
+            absent=tuple(sorted({failure.site for failure in found.failures} | (set(progress.absent) - answered))),
+            notices={**told, **{site: f"round {number}: {why}" for site, why in sorted(found.notices.items())}},
+        )
+
+    def _say(self, number: int, found: Collected, joined: Joined) -> None:
+        facts = {"bias": joined.bias, "influence": joined.influence, "influence_bound": joined.influence_bound}
+        self._run.emit(
+            "round",
+            f"round {number}: {len(found.received)} updates joined",
+            round=number,
+            admitted=len(found.received),
+            rejected=sorted(found.rejected),
+            **{name: value for name, value in facts.items() if value is not None and np.isfinite(value)},
+        )
 
     def _collect_ledgers(self, fleet: Fleet) -> None:
-        """Keep the ledger of every site that gave an update: what `cotune verify` recomputes epsilon from."""
-        sites = sorted({row["site"] for row in self._run.metrics() if row.get("site")})
-        requests = [LedgerRequest(run_id=self._run.run_id, site=site) for site in sites]
+        """Keep the ledger of every site that gave an update: what `cotune verify` recomputes epsilon from.
+
+        It corrects the account where it is the chain whose heads the site signed in the run and has every round
+        of which an update was admitted: no ledger of a site can take back what the run saw.
+        """
+        given: dict[str, set[int]] = {}
+        for row in (row for row in self._run.metrics() if row.get("site")):
+            given.setdefault(row["site"], set()).add(row["round"])
+        requests = [LedgerRequest(run_id=self._run.run_id, site=site) for site in sorted(given)]
         for site, ledger in fleet.ledgers(requests):
             with storage_errors(self._run.ledger(site)):
                 self._run.ledger(site).parent.mkdir(exist_ok=True)
             write_atomic(self._run.ledger(site), ledger)
+            try:
+                entries = read_chain(ledger)
+                for head in self._witness.heads_for(site, [site]):
+                    require_agreement(head, entries)
+                rounds = [int(entry.fields["round"]) for entry, _ in reserved(entries, run_id=self._run.run_id)]
+            except (CotuneError, AttributeError, KeyError, TypeError, ValueError, OverflowError):
+                rounds = []
+            if site in given and given[site] <= set(rounds):
+                self._spending.settle(site, rounds)
+            else:
+                self._run.emit("site", f"{site}: its ledger is not one chain of what it released", "warn", site=site)
 
-    def _plans(self, sites: Sequence[str], progress: Progress, flat: Vector) -> dict[str, RoundPlan]:
-        """What each site is asked in the round after `progress`."""
-        common = RoundPlan(
-            run_id=self._run.run_id,
-            cotune=cotune_version(),
-            job=self._job,
-            site=sites[0],
-            round=progress.round + 1,
-            base_sha256=flat_sha256(flat),
-            frozen_sha256=self._frozen_sha256,
-            clipping_norm=progress.clipping_norm,
-        )
-        return {
-            site: common.model_copy(update={"site": site, "heads": self._witness.heads_for(site, sites)})
-            for site in sites
-        }
-
-    def _admit(self, update: AdapterUpdate, plans: Mapping[str, RoundPlan], number: int, seen: set[str]) -> bool:
-        """Whether an answer counts; the sites whose answer does are collected in `seen`."""
-        site = update.header.site
-        plan = plans.get(site)
-        reason = "nobody asked it" if plan is None else reason_to_reject(update, plan, self._layout.size)
-        if site in seen:
-            reason = "it has answered already"
-        reason = reason or self._witness.keep(update.header)
-        if reason is None:
-            seen.add(site)
-        else:
-            self._run.emit("site", f"{site}: update rejected: {reason}", "warn", site=site, round=number)
-        return reason is None
-
-    def _require(self, admitted: int, refusals: Sequence[SiteFailure], number: int) -> None:
-        if admitted >= max(1, self._job.federation.min_sites):
-            return
-        if not admitted and len({(refusal.code, refusal.exit_code) for refusal in refusals}) == 1:
-            raise ended(refusals[0].code, refusals[0].message, refusals[0].exit_code)
-        reasons = "; ".join(f"{refusal.site}: {refusal.message}" for refusal in refusals[:3])
-        raise RunFailed(
-            "E-MIN-SITES",
-            f"round {number}: {admitted} of at least {self._job.federation.min_sites} sites gave an update. {reasons}",
-            param="federation.min_sites",
-            hint=f"mend the sites, then: cotune simulate --resume {self._run.run_id}",
-        )
-
-    def _record_site(self, number: int, update: AdapterUpdate, down: int, seconds: float) -> None:
-        self._run.record_metrics(
-            round=number,
-            site=update.header.site,
-            epsilon=self._spending.epsilon(update.header.site),
-            update_norm=update.norm,
-            train_loss=update.header.train_loss,
-            bytes_up=update.bytes,
-            bytes_down=down,
-            seconds=round(seconds, 3),
-        )
+    def _record_sites(self, number: int, received: Mapping[str, Received]) -> None:
+        for site, figures in sorted(received.items()):
+            self._run.record_metrics(
+                round=number,
+                site=site,
+                epsilon=self._spending.epsilon(site),
+                update_norm=figures.norm,
+                train_loss=figures.train_loss,
+                bytes_up=figures.bytes_up,
+                bytes_down=figures.bytes_down,
+                seconds=figures.seconds,
+            )
 
     def _score(self, number: int, arrays: Mapping[str, Vector], *, full: bool) -> Evaluation | None:
         if not self._evaluator.has_data:
             return None
         started = time.monotonic()
         self._run.emit("evaluation", f"scoring after round {number}", round=number)
-        result = self._evaluator.score(arrays, None if full else self._job.eval.limit)
         rows = [row for row in self._run.metrics() if row["round"] == number]
-        if any("site" not in row for row in rows):
-            return result  # a resumed run scores its base again, and says so only once
+        known = any("site" not in row for row in rows)  # a resumed run says so only once
+        if known and not full:
+            return None
+        result = self._evaluator.score(arrays, None if full else self._job.eval.limit)
+        if known:
+            return result
         self._run.record_metrics(
             round=number,
             valid_loss=result.loss,
@@ -214,5 +249,12 @@ class Coordinator:
         return result
 
 
-def _plus(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
-    return one[0] + other[0], one[1] + other[1]
+def _moved(norm: float, said: Sequence[float], job: Job) -> float:
+    """The geometric mean of the clipping norms the sites say; each counts as no further than it can honestly get.
+
+    A step moves the norm by a factor of exp(clipping_rate x (quantile - share below)), and a share is 0 to 1 but for
+    its noise. What is cut off is noise, or a site that says anything.
+    """
+    most = job.privacy.clipping_rate * job.train.local_steps
+    moves = [max(-most, min(most, math.log(other) - math.log(norm))) for other in said]
+    return norm * math.exp(math.fsum(moves) / len(moves)) if moves else norm

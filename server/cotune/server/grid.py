@@ -3,38 +3,48 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from cotune.shared.adapter import Vector
+from cotune.server.fleet import CRASHED, Request
 from cotune.shared.errors import TimedOut
-from cotune.shared.plan import LedgerRequest, RoundPlan
+from cotune.shared.plan import LedgerRequest
 from cotune.shared.update import Answer, SiteFailure
-from cotune.shared.wire import answer_from_records, ledger_from_records, plan_to_records, request_to_records
+from cotune.shared.wire import (
+    adapter_to_record,
+    answer_from_records,
+    ledger_from_records,
+    plan_to_records,
+    request_to_records,
+)
 
-POLL_S = 0.5
+POLL_S = 0.1
 NODE_TIMEOUT_S = 120.0
 
 
 class GridFleet:
     """A `Fleet` over Flower nodes: each site's plan goes to one node, sites spread evenly over nodes."""
 
-    def __init__(self, grid: Grid, sites: Sequence[str], round_timeout_s: float) -> None:
+    def __init__(self, grid: Grid, sites: Sequence[str], round_timeout_s: float, at_once: int) -> None:
         self._grid = grid
         self._sites = tuple(sorted(sites))
         self._timeout = round_timeout_s
+        self._at_once = at_once
 
     def sites(self) -> Sequence[str]:
         """Names of the sites of this run, in order."""
         return self._sites
 
-    def ask(self, plans: Sequence[RoundPlan], adapter: Vector) -> Iterator[Answer]:
-        """Send the plans; yield answers as they come. A site that is late or lost is a failure, not a wait."""
-        sent = {plan.site: plan_to_records(plan, adapter) for plan in plans}
+    def ask(self, requests: Sequence[Request]) -> Iterator[Answer]:
+        """Send the requests; yield answers as they come. A site that is late or lost is a failure, not a wait."""
+        # Sites that share an adapter share its record, so it is held once.
+        adapters = {id(request.adapter): adapter_to_record(request.adapter) for request in requests}
+        sent = {plan.site: plan_to_records(plan, adapters[id(adapter)]) for plan, adapter in requests}
         for site, reply in self._exchange(sent, MessageType.TRAIN):
-            yield reply if isinstance(reply, SiteFailure) else answer_from_records(reply, site)
+            yield reply if isinstance(reply, SiteFailure) else _said(answer_from_records(reply, site))
 
     def ledgers(self, requests: Sequence[LedgerRequest]) -> Iterator[tuple[str, bytes]]:
         """Ask sites for their ledgers; yield those that come."""
@@ -46,28 +56,32 @@ class GridFleet:
 
     def _exchange(self, sent: Mapping[str, RecordDict], kind: str) -> Iterator[tuple[str, RecordDict | SiteFailure]]:
         """One message a site; each site's reply as it comes, or why there is none."""
-        nodes = self._nodes()
-        messages = [
-            Message(records, nodes[i % len(nodes)], kind, ttl=self._timeout) for i, records in enumerate(sent.values())
-        ]
-        waiting = dict(zip(self._grid.push_messages(messages), sent, strict=True))
-        deadline = time.monotonic() + self._timeout
-        while waiting and time.monotonic() < deadline:
-            arrived = [answer for identifier in list(waiting) for answer in self._pull(identifier, waiting)]
-            yield from arrived
-            if not arrived:
+        nodes, deadline = self._nodes(), time.monotonic() + self._timeout
+        left, waiting = deque(enumerate(sent)), dict[str, str]()
+        while (left or waiting) and time.monotonic() < deadline:
+            while left and len(waiting) < self._at_once:
+                place, site = left.popleft()
+                ttl = deadline - time.monotonic()
+                message = Message(sent[site], nodes[place % len(nodes)], kind, ttl=max(1.0, ttl))
+                [identifier] = self._grid.push_messages([message])
+                waiting[identifier] = site
+            before = len(waiting)
+            for identifier in list(waiting):  # one at a time: what is pulled is held whole
+                yield from self._pull(identifier, waiting)
+            if len(waiting) == before:
                 time.sleep(POLL_S)
-        for site in waiting.values():
+        for site in [*waiting.values(), *(site for _, site in left)]:
             message = f"no answer within {self._timeout:.0f} s"
             yield site, SiteFailure(site=site, code="E-TIMEOUT", message=message, exit_code=3)
 
     def _pull(self, identifier: str, waiting: dict[str, str]) -> Iterator[tuple[str, RecordDict | SiteFailure]]:
+        site = waiting[identifier]
         for reply in self._grid.pull_messages([identifier]):
-            site = waiting.pop(identifier)
+            waiting.pop(identifier, None)  # of two replies, whoever reads them says what becomes of each
             if reply.has_error():
                 # Flower's error text may quote a record; only its number is passed on.
                 message = f"failed (Flower code {reply.error.code})"
-                yield site, SiteFailure(site=site, code="E-SITE-CRASH", message=message)
+                yield site, SiteFailure(site=site, code=CRASHED, message=message)
             else:
                 yield site, reply.content
 
@@ -79,3 +93,10 @@ class GridFleet:
                 return nodes
             time.sleep(POLL_S)
         raise TimedOut("E-NODES", f"no Flower node appeared within {NODE_TIMEOUT_S:.0f} s")
+
+
+def _said(answer: Answer) -> Answer:
+    """What a site says. Of a crash only Flower can tell; a site that does would be asked again and again."""
+    if isinstance(answer, SiteFailure) and answer.code == CRASHED:
+        return answer.model_copy(update={"code": "E-WIRE"})
+    return answer

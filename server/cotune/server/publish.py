@@ -6,18 +6,20 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cotune.server.coordinator import Outcome
 from cotune.server.evaluation import RELOAD_ROWS, GlobalEvaluator
 from cotune.shared.adapter import Layout, fingerprint
+from cotune.shared.aggregation import what_is_trained
 from cotune.shared.errors import RunFailed
 from cotune.shared.files import file_sha256, write_atomic, write_json
+from cotune.shared.folding import folded_config
 from cotune.shared.job import Job
 from cotune.shared.methods import save
 from cotune.shared.model import BaseModel
-from cotune.shared.privacy.claim import ClaimSubject, build_claim, charged, statement_text
+from cotune.shared.privacy.claim import ClaimSubject, build_claim, charged, site_costs, statement_text
 from cotune.shared.report.card import model_card
 from cotune.shared.report.page import write_report
 from cotune.shared.runs import RunFolder
@@ -45,21 +47,34 @@ def publish(
     """
     job = run.job()
     run.emit("publish", "saving the adapter and loading it in a fresh process")
-    save(run.adapter, outcome.arrays, config, f"# {run.run_id}\n")
+    save(run.adapter, outcome.arrays, folded_config(config, outcome.arrays), f"# {run.run_id}\n")
     reload_check = _reload(run, evaluator.score(outcome.arrays, RELOAD_ROWS).loss)
-    accounts = charged(json.loads((run.privacy / "accountant.json").read_text(encoding="utf-8"))["sites"])
+    accounts = _accounts(run)
     heads = json.loads((run.privacy / "heads.json").read_text(encoding="utf-8"))
     files = {f"adapter/{p.name}": file_sha256(p) for p in run.adapter.iterdir() if p.name != "README.md"}
     claim = build_claim(job, accounts, ClaimSubject(run.run_id, files, reload_check, heads))
     write_json(run.privacy / "claim.json", claim)
     write_atomic(run.privacy / "statement.txt", statement_text(claim).encode())
-    summary = _summary(run, outcome, claim, layout, base, engine)
+    summary = _summary(run, outcome, claim["sites"], layout, base, engine)
     write_json(run.path / "summary.json", {**summary, "reload": reload_check})
     write_atomic(run.adapter / "README.md", model_card(run).encode())
     run.write_metrics_csv()
     run.set_state("succeeded", int(summary["rounds"]))
     write_report(run)
     run.write_manifest()
+
+
+def note(run: RunFolder, outcome: Outcome, layout: Layout, base: BaseModel, engine: str) -> None:
+    """Write down a run's figures alone: it is one of many that are compared, and nothing of it is released."""
+    sites = site_costs(run.job(), _accounts(run))
+    write_json(run.path / "summary.json", _summary(run, outcome, sites, layout, base, engine))
+    run.write_metrics_csv()
+    run.set_state("succeeded", run.job().run.rounds)
+    run.write_manifest()
+
+
+def _accounts(run: RunFolder) -> dict[str, list[dict[str, Any]]]:
+    return charged(json.loads((run.privacy / "accountant.json").read_text(encoding="utf-8"))["sites"])
 
 
 def _reload(run: RunFolder, loss: float) -> dict[str, float]:
@@ -93,7 +108,7 @@ def _reload(run: RunFolder, loss: float) -> dict[str, float]:
 
 
 def _summary(
-    run: RunFolder, outcome: Outcome, claim: Mapping[str, Any], layout: Layout, base: BaseModel, engine: str
+    run: RunFolder, outcome: Outcome, sites: Sequence[dict[str, Any]], layout: Layout, base: BaseModel, engine: str
 ) -> dict[str, Any]:
     job: Job = run.job()
     rounds = len({row["round"] for row in run.metrics() if row.get("site")})
@@ -114,7 +129,7 @@ def _summary(
         },
         "base": _scores(outcome.base),
         "final": _scores(outcome.final),
-        "sites": [_site(site, outcome, rounds) for site in claim["sites"]],
+        "sites": [_site(site, outcome, rounds) for site in sites],
         "bytes_up": totals[0],
         "bytes_down": totals[1],
         "seconds": round(outcome.seconds, 1),
@@ -134,4 +149,4 @@ def _scores(evaluation: Evaluation | None) -> dict[str, Any] | None:
 
 def _trained(job: Job) -> str:
     layers = "all layers" if job.lora.last_layers == "all" else f"top {job.lora.last_layers} layers"
-    return f"{'B' if job.lora.freeze_a else 'A and B'} of {', '.join(job.lora.target_modules)}, {layers}"
+    return f"{what_is_trained(job.rule)} of {', '.join(job.lora.target_modules)}, {layers}"

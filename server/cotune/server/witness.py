@@ -26,19 +26,26 @@ class Witness:
         ring = [sites[(start + step) % len(sites)] for step in range(min(WITNESSES + 1, len(sites)))]
         return tuple(self._heads[name] for name in ring if name in self._heads)
 
-    def keep(self, header: UpdateHeader) -> str | None:
-        """Take the heads that came with an update; why its own is not acceptable, or None.
+    def reason(self, header: UpdateHeader) -> str | None:
+        """Why the head that came with an update is not acceptable; None if it is.
 
-        A site's key is the one it first signed with. A witnessed head counts only if it is genuine, by the
-        key known for that site, and newer.
+        A site's key is the one it first signed with.
         """
-        reason = self._reason(header.head, header.site)
-        if reason is not None:
-            return reason
-        kept = [header.head, *(head for head in header.witnessed if self._reason(head, head.site) is None)]
-        self._heads |= {head.site: head for head in kept}
+        return self._reason(header.head, header.site)
+
+    def keep(self, header: UpdateHeader) -> None:
+        """Take the heads that came with an admitted update.
+
+        A witnessed head counts only if it is genuine, by the key known for that site, and newer.
+        """
+        self._heads[header.site] = header.head
+        for head in header.witnessed:
+            if head.site in self._heads and self._reason(head, head.site) is None:
+                self._heads[head.site] = head
+
+    def save(self) -> None:
+        """Write the heads down; once a round is enough, as each site checks the heads of the round before."""
         write_heads(self._path, self._heads)
-        return None
 
     def _reason(self, head: SignedHead, site: str) -> str | None:
         known = self._heads.get(site)
