@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING
 from cotune.shared.errors import RefusedError
 from cotune.shared.plan import cotune_version
 from cotune.shared.runs import RunFolder
-from cotune.simulations.scenario import answer_plan, begin, prepare_run, read_ledger, site_names
+from cotune.simulations.scenario import begin, prepare_run, read_ledger, site_names
+from cotune.simulations.worker import answer
 
 if TYPE_CHECKING:
     from cotune.server.app import RunConfig
+
+
+WAITING = 2  # sites asked beyond those that train: enough that no worker waits, and few answers are held
 
 
 class Apps:
@@ -36,14 +40,14 @@ class Apps:
         """The coordinator: a ServerApp."""
         from cotune.server.app import server_app
 
-        return server_app(open_run, site_names)
+        return server_app(open_run, site_names, lambda job: int(job.simulation.workers) + WAITING)
 
     @cached_property
     def client(self) -> object:
         """The courier of every simulated site: a ClientApp."""
         from cotune.client.courier import client_app
 
-        return client_app(answer_plan, read_ledger)
+        return client_app(answer, read_ledger)
 
 
 def open_run(config: RunConfig) -> RunFolder:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import click
 import typer
 
 from cotune.shared.cli import show
 from cotune.shared.errors import CotuneError, JobError, StorageError, ended
-from cotune.shared.runs import RunFolder, find_run
+from cotune.shared.runs import Engine, RunFolder, find_run
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON envelope.")]
+ORPHAN_S = 30.0  # processes of a killed run end within seconds; one that holds it longer is alive
 NOT_PRIVATE_HINT = "add --i-know if nobody's privacy is at stake"
 
 
@@ -69,10 +70,9 @@ def init(
 def simulate(
     job: Annotated[str, typer.Argument(help="A job file, or recipe:NAME.")] = "run.toml",
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings: privacy.epsilon=3 run.seed=1 ...")] = None,
-    engine: Annotated[Literal["flower", "inline"], typer.Option(help="Flower's engine, or one process.")] = "flower",
+    engine: Annotated[Engine, typer.Option(help="Flower's engine, or one process.")] = "flower",
     sites: Annotated[int | None, typer.Option(help="Short for federation.sites=N.")] = None,
     out: Annotated[Path, typer.Option(help="Folder the run's folder is made in.")] = Path("runs"),
-    resume: Annotated[str | None, typer.Option(help="Go on with an interrupted run instead.")] = None,
     baselines: Annotated[bool, typer.Option("--baselines", help="Also: each site alone, no privacy, pooled.")] = False,
     i_know: Annotated[bool, typer.Option("--i-know", help="Run a job that gives no privacy at all.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
@@ -81,11 +81,8 @@ def simulate(
     """Run a job over sites on this machine. The exit code is the run's outcome."""
     from cotune.simulations.scenario import prepare_run
 
-    if resume:
-        run = _interrupted(find_run(resume, out))
-    else:
-        settings = [*(overrides or []), *([f"federation.sites={sites}"] if sites else [])]
-        run = prepare_run(job, settings, out, _silent if quiet or as_json else _say)
+    settings = [*(overrides or []), *([f"federation.sites={sites}"] if sites else [])]
+    run = prepare_run(job, settings, out, _silent if quiet or as_json else _say)
     _require_consent(run, i_know)
     if not quiet and not as_json:
         _say(f"run {run.run_id} in {run.path}")
@@ -94,6 +91,24 @@ def simulate(
         from cotune.simulations.baselines import add_baselines
 
         add_baselines(run, quiet=quiet or as_json)
+    _show_result(run, as_json)
+
+
+def resume(
+    reference: Annotated[str, typer.Argument(metavar="RUN", help="A path, an id, a unique part of one, or latest.")],
+    out: Annotated[Path, typer.Option(help="Folder the run's folder is in.")] = Path("runs"),
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Events as JSON lines, then one envelope.")] = False,
+) -> None:
+    """Go on with a run that was interrupted, from its newest whole checkpoint, on the engine it was started on.
+
+    Sites answer what they were asked before with the very same bytes: the adapter is that of a run without the
+    interruption, and no round is charged twice but one that was lost in the middle of training.
+    """
+    run = _interrupted(find_run(reference, out))
+    if not quiet and not as_json:
+        _say(f"run {run.run_id} in {run.path}, from round {run.state()['round']}")
+    _run_shown(run, run.engine(), quiet=quiet, as_json=as_json)
     _show_result(run, as_json)
 
 
@@ -108,11 +123,27 @@ def _silent(_line: str) -> None:
 def _interrupted(run: RunFolder) -> RunFolder:
     """A run that can go on, queued again."""
     state = run.state()
-    if state["status"] == "succeeded":
-        raise JobError("E-RUN-OVER", f"{run.run_id} has succeeded: there is nothing to go on with", param="--resume")
-    with run.held():
+    if _is_whole(run):
+        _tidy(run)
+        raise JobError("E-RUN-OVER", f"{run.run_id} has succeeded: there is nothing to go on with", param="RUN")
+    _require_consent(run, i_know=(run.path / "env" / "engine.json").exists())  # written once it was asked for
+    with run.held(patience_s=ORPHAN_S):
         run.set_state("queued", int(state["round"]))
     return run
+
+
+def _is_whole(run: RunFolder) -> bool:
+    """Whether a run has written its last file; it may be killed after it has said that it succeeded."""
+    return run.state()["status"] == "succeeded" and (run.path / "MANIFEST.json").exists()
+
+
+def _tidy(run: RunFolder) -> None:
+    """Remove what was kept of records and, once a run is whole, the homes and keys of its simulated sites."""
+    from cotune.simulations.scenario import work_folder
+
+    shutil.rmtree(work_folder(run.run_id), ignore_errors=True)
+    if _is_whole(run):
+        shutil.rmtree(run.sites, ignore_errors=True)
 
 
 def _require_consent(run: RunFolder, i_know: bool) -> None:
@@ -129,11 +160,11 @@ def _require_consent(run: RunFolder, i_know: bool) -> None:
     raise error
 
 
-def _run_shown(run: RunFolder, engine: str, *, quiet: bool, as_json: bool) -> None:
+def _run_shown(run: RunFolder, engine: Engine, *, quiet: bool, as_json: bool) -> None:
     """Run on an engine with progress; kept features are removed whatever happens; raise the run's own error."""
     from cotune.simulations.progress import shown
-    from cotune.simulations.scenario import work_folder
 
+    run.set_engine(engine)
     try:
         with shown(run, quiet=quiet, as_json=as_json):
             if engine == "flower":
@@ -150,7 +181,7 @@ def _run_shown(run: RunFolder, engine: str, *, quiet: bool, as_json: bool) -> No
             run.set_state("failed" if known else "cancelled", int(run.state()["round"]), known)
         raise
     finally:
-        shutil.rmtree(work_folder(run.run_id), ignore_errors=True)
+        _tidy(run)
     _raise_outcome(run)
 
 

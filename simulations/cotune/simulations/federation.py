@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from cotune.server.conduct import conduct
-from cotune.shared.adapter import Vector
-from cotune.shared.plan import LedgerRequest, RoundPlan
+from cotune.server.fleet import Request
+from cotune.shared.plan import LedgerRequest
 from cotune.shared.runs import RunFolder
 from cotune.shared.update import Answer
 from cotune.simulations.scenario import answer_plan, begin, read_ledger, site_names
@@ -22,10 +23,10 @@ class InlineFleet:
         """Names of the sites of this run, in order."""
         return self._names
 
-    def ask(self, plans: Sequence[RoundPlan], adapter: Vector) -> Iterator[Answer]:
+    def ask(self, requests: Sequence[Request]) -> Iterator[Answer]:
         """Train each site in turn."""
-        for plan in plans:
-            yield answer_plan(plan, adapter.copy())
+        for plan, adapter in requests:
+            yield answer_plan(plan, adapter)
 
     def ledgers(self, requests: Sequence[LedgerRequest]) -> Iterator[tuple[str, bytes]]:
         """Each site's ledger."""
@@ -33,7 +34,13 @@ class InlineFleet:
             yield request.site, read_ledger(request)
 
 
-def run_inline(run: RunFolder) -> None:
-    """Run a prepared run in this process. Raises as `conduct` does."""
-    begin(run)
-    conduct(run, InlineFleet(run), "inline")
+def run_inline(run: RunFolder, kept: Path | None = None) -> None:
+    """Run a prepared run in this process. Raises as `conduct` does.
+
+    Args:
+        run: The run.
+        kept: For a run that is compared with others, see `conduct`: a private folder in which runs on the same
+            base find what its lower layers make of records.
+    """
+    begin(run, kept)
+    conduct(run, InlineFleet(run), "inline", kept)

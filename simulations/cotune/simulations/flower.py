@@ -18,7 +18,7 @@ from urllib.request import urlopen
 
 import tomli_w
 
-from cotune.shared.errors import ConnectionFailed, RunFailed
+from cotune.shared.errors import ConnectionFailed, JobError, RunFailed
 from cotune.shared.plan import cotune_version
 from cotune.shared.runs import RunFolder
 from cotune.simulations.scenario import site_names
@@ -26,8 +26,9 @@ from cotune.simulations.scenario import site_names
 CONNECTION = "cotune"
 START_TIMEOUT_S = 120.0
 POLL_S = 0.5
-ASK_FLOWER_S = 20.0
+ASK_FLOWER_S = 60.0
 STOP_S = 20.0
+NODES_PER_WORKER = 4
 PUBLISH_TIMEOUT_S = 60.0
 OVER = ("succeeded", "failed", "cancelled", "paused")
 
@@ -98,6 +99,9 @@ def _environment(home: Path, port: int) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ADDRESS": os.environ.get("RAY_ADDRESS") or "local",  # unsaid, Ray joins any cluster it finds here
+        "RAY_memory_monitor_refresh_ms": "0",  # it would kill couriers, which hold nothing, for what workers hold
+        "MALLOC_MMAP_THRESHOLD_": "1048576",  # memory of large arrays goes back to the system at once
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TOKENIZERS_PARALLELISM": "false",
         "NO_COLOR": "1",
@@ -107,10 +111,14 @@ def _environment(home: Path, port: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _superlink(home: Path, port: int, environment: dict[str, str], log: Path) -> Generator[subprocess.Popen[bytes]]:
-    """A SuperLink, in its own process group, started in an empty folder so that only the bundle's code is found."""
+    """A SuperLink, started in an empty folder so that only the bundle's code is found.
+
+    It and all it starts end with this process, however that dies: the tether holds our end of a pipe.
+    """
     empty = home / "empty"
     empty.mkdir()
     command = [
+        sys.executable, "-m", "cotune.simulations.tether",
         "flower-superlink", "--insecure", "--simulation", "--disable-runtime-dependency-installation",
         "--host", "127.0.0.1", "--port", str(port),
     ]  # fmt: skip
@@ -119,6 +127,7 @@ def _superlink(home: Path, port: int, environment: dict[str, str], log: Path) ->
             command,
             cwd=empty,
             env=environment,
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -127,7 +136,9 @@ def _superlink(home: Path, port: int, environment: dict[str, str], log: Path) ->
             _await_health(process, port, log)
             yield process
         finally:
-            _stop(process)
+            assert process.stdin is not None  # noqa: S101 - made with a pipe
+            process.stdin.close()
+            process.wait(timeout=STOP_S)
 
 
 def _await_health(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
@@ -140,32 +151,15 @@ def _await_health(process: subprocess.Popen[bytes], port: int, log: Path) -> Non
     raise ConnectionFailed("E-SUPERLINK", f"Flower's SuperLink did not start on port {port}; its words are in {log}")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the SuperLink and every process it started, by their pids."""
-    import psutil
-
-    try:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        family = []
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.terminate()
-    _, alive = psutil.wait_procs(family, timeout=STOP_S)
-    for member in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.wait(timeout=STOP_S)
-
-
 def _submit(run: RunFolder, home: Path, environment: dict[str, str]) -> str:
     job = run.job()
     app = home / "cotune"
     write_bundle(app, str(run.path))
-    federation = (
-        f"num-supernodes={len(site_names(job))} client-resources-num-cpus=1 client-resources-num-gpus=0.0"
-        f" init-args-num-cpus={job.simulation.workers} init-args-num-gpus=0"
-    )
+    # Sites are spread over few nodes: each node is a thread's worth of bookkeeping in Flower, a site needs none.
+    nodes = min(len(site_names(job)), NODES_PER_WORKER * int(job.simulation.workers))
+    federation = f"num-supernodes={nodes} client-resources-num-cpus=1 client-resources-num-gpus=0.0"
+    if environment["RAY_ADDRESS"] == "local":  # a cluster that is there already has a size of its own
+        federation += f" init-args-num-cpus={job.simulation.workers} init-args-num-gpus=0"
     answer = _flwr(["run", str(app), CONNECTION, "--federation-config", federation], environment)
     if not answer.get("success") or "run-id" not in answer:
         raise ConnectionFailed("E-SUBMIT", "Flower did not accept the run", hint=f"see {run.path}/env/flower.log")
@@ -189,6 +183,9 @@ def _wait(run: RunFolder, superlink: subprocess.Popen[bytes], run_id: str, envir
         time.sleep(POLL_S)
         if superlink.poll() is not None:
             raise RunFailed("E-FLOWER", "Flower's SuperLink ended", hint=f"see {run.path}/env/flower.log")
+        if _was_left(run):  # Flower itself would notice after a minute
+            _keep_log(run, run_id, environment)
+            raise RunFailed("E-FLOWER", "the coordinator's process died", hint=f"cotune resume {run.run_id}")
         if time.monotonic() - asked > ASK_FLOWER_S:
             asked = time.monotonic()
             listed = _flwr(["list", CONNECTION, "--run-id", run_id], environment)
@@ -206,6 +203,17 @@ def _wait(run: RunFolder, superlink: subprocess.Popen[bytes], run_id: str, envir
         if time.monotonic() > deadline:
             raise RunFailed("E-FLOWER", "the run succeeded but did not finish its folder", hint="cotune verify RUN")
         time.sleep(POLL_S)
+
+
+def _was_left(run: RunFolder) -> bool:
+    """Whether a run is under way and nobody holds it: its coordinator does as long as it lives."""
+    if run.state()["status"] != "running":
+        return False
+    try:
+        with run.held():
+            return run.state()["status"] == "running"
+    except JobError:
+        return False
 
 
 def _keep_log(run: RunFolder, run_id: str, environment: dict[str, str]) -> None:

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from cotune.client.data import unit_of
 from cotune.shared.errors import DataError
-from cotune.shared.job import DataSettings
 from cotune.shared.records import Record
+from cotune.shared.sections import DataSettings
 
 _STREAM = int.from_bytes(b"split")  # tells this use of the job's seed from every other
 

@@ -15,6 +15,7 @@ import click
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from cotune.shared.files import read_lines
 from cotune.shared.job import Job
@@ -101,7 +102,7 @@ def _live_table(run: RunFolder, started: float) -> Table:
     last = [row for row in rows if not row.get("site")][-1:]
     caption = " · ".join([*(_row_text(row) for row in last), events[-1]["message"] if events else ""])
     title = f"{run.run_id}  {state['status'].upper()}  round {state['round']}/{job.run.rounds}  {_clock(started)}"
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table = Table(title=title, caption=Text(caption), title_justify="left", caption_justify="left")
     for name in ("site", "step", "eps spent / cap", "up/down MB"):
         table.add_column(name)
     steps = _steps(run)

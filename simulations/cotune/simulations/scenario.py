@@ -16,13 +16,13 @@ from cotune.client.policy import DatasetPolicy
 from cotune.client.rules import unknown_dataset
 from cotune.client.site import Site
 from cotune.client.training import Trainer
-from cotune.shared.adapter import Vector
 from cotune.shared.cli import job_file
+from cotune.shared.codec import Payload
 from cotune.shared.datasets import dataset_path
 from cotune.shared.errors import CotuneError, JobError, did_you_mean
 from cotune.shared.evaluation import choices_of
 from cotune.shared.files import append_line, storage_errors, write_atomic, write_json
-from cotune.shared.job import HOME, DataSettings, Job
+from cotune.shared.job import Job
 from cotune.shared.jobfile import load_job, parse_job
 from cotune.shared.model import locate
 from cotune.shared.packages import cache_dir
@@ -30,6 +30,7 @@ from cotune.shared.plan import LedgerRequest, RoundPlan
 from cotune.shared.planning import make_plan, resolve
 from cotune.shared.records import Record, read_records
 from cotune.shared.runs import RunFolder, create_run
+from cotune.shared.sections import HOME, DataSettings
 from cotune.shared.update import Answer, SiteFailure
 from cotune.shared.warm import warm_network
 from cotune.simulations.partition import split
@@ -87,6 +88,7 @@ def _with_data(job: Job) -> Job:
             "sites": {site: local(file) for site, file in job.data.sites.items()},
         },
         eval={"data": local(job.eval.data) if job.eval.data else None},
+        aggregation={"root": local(job.aggregation.root) if job.aggregation.root else None},
     )
     if job.eval.data and job.eval.choices == "auto":
         return job.replace(eval={"choices": tuple(choices_of(read_records(Path(job.eval.data)), job))})
@@ -151,12 +153,21 @@ def work_folder(run_id: str) -> Path:
     return cache_dir() / "work" / run_id
 
 
-def begin(run: RunFolder) -> None:
-    """Let the processes of this machine find a run's folder, and its sites' homes in it, by the run's name."""
+def begin(run: RunFolder, kept: Path | None = None) -> None:
+    """Let the processes of this machine find a run's folder, and its sites' homes in it, by the run's name.
+
+    With `kept`, a folder, all its sites keep there what the lower layers make of records, for other runs on their base.
+    """
     work = work_folder(run.run_id)
     with storage_errors(work):
         work.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_atomic(work / "run", str(run.path).encode())
+    if kept:
+        with storage_errors(work):
+            kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for site in site_names(run.job()):
+                (work / site).unlink(missing_ok=True)
+                (work / site).symlink_to(kept)
 
 
 def site_home(run_id: str, site: str, job: Job, model_sha256: str) -> SiteHome:
@@ -178,7 +189,7 @@ class SimulatedRecords:
         return prepare(site_records(job, site), warm_network(job)[1], job)
 
 
-def answer_plan(plan: RoundPlan, adapter: Vector) -> Answer:
+def answer_plan(plan: RoundPlan, adapter: Payload) -> Answer:
     """Train one round at one simulated site, in this process; a `courier.Answerer`.
 
     An error becomes the site's failure, without the text of any record.
