@@ -1,18 +1,24 @@
 """The round loop over sites that misbehave: named, left out, and without effect on the result."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from tests.server.answers import head_of, key_of, update_of
 
-from cotune.server.checkpoint import load_checkpoint
+from cotune.server.checkpoint import STATE, load_checkpoint
 from cotune.server.conduct import conduct
 from cotune.server.coordinator import Coordinator, Outcome
 from cotune.server.evaluation import GlobalEvaluator
+from cotune.server.fleet import Request
 from cotune.shared.adapter import Vector, flat_sha256
-from cotune.shared.chain import SignedHead
+from cotune.shared.aggregation import returned
+from cotune.shared.chain import SignedHead, head_message, next_line, read_chain
 from cotune.shared.errors import CotuneError, RunFailed, StorageError
 from cotune.shared.methods import layout_of
 from cotune.shared.model import locate
@@ -20,19 +26,14 @@ from cotune.shared.plan import LedgerRequest, RoundPlan
 from cotune.shared.planning import resolve
 from cotune.shared.privacy.mechanism import mechanism_of
 from cotune.shared.runs import RunFolder, create_run
-from cotune.shared.update import AdapterUpdate, Answer, SiteFailure, UpdateHeader
+from cotune.shared.signing import public_key_line, sign
+from cotune.shared.update import AdapterUpdate, Answer, SiteFailure
 
 Answerer = Callable[[RoundPlan, Vector], Answer | list[Answer]]
 NAMES = ("site-1", "site-2", "site-3")
 ROUNDS = 2
+KEY = Ed25519PrivateKey.generate()  # of nobody
 EXPECTED: dict[str, dict[str, bytes]] = {}  # results of honest sites, which do not depend on the test
-SIGN: list[Callable[[str, int], SignedHead]] = []
-
-
-@pytest.fixture(autouse=True)
-def _sign(sign_head: Callable[[str, int], SignedHead]) -> None:
-    """How sites sign, for the functions below that are no tests."""
-    SIGN[:] = [sign_head]
 
 
 def honest(plan: RoundPlan, adapter: Vector, delta: Vector | None = None, **changes: object) -> AdapterUpdate:
@@ -40,17 +41,7 @@ def honest(plan: RoundPlan, adapter: Vector, delta: Vector | None = None, **chan
     if delta is None:
         seed = [sum(plan.site.encode()), plan.round, int(flat_sha256(adapter)[:8], 16)]
         delta = np.random.default_rng(seed).standard_normal(adapter.size).astype(np.float32)
-    header = {
-        "site": plan.site,
-        "round": plan.round,
-        "job_sha256": plan.job.sha256(),
-        "base_sha256": plan.base_sha256,
-        "update_sha256": flat_sha256(delta) if delta.dtype.kind == "f" else "0" * 64,
-        "event": mechanism_of(plan.job).event(plan.job.train.local_steps).to_dict(),
-        "head": SIGN[0](plan.site, plan.round),
-        **changes,
-    }
-    return AdapterUpdate(UpdateHeader.model_validate(header), delta)
+    return update_of(plan, delta, **changes)
 
 
 class Sites:
@@ -60,20 +51,23 @@ class Sites:
         self.answers = answers
         self.order = order or sorted(answers)
         self.asked: list[RoundPlan] = []
+        self.books: dict[str, bytes] = {}
 
     def sites(self) -> Sequence[str]:
         return sorted(self.answers)
 
-    def ask(self, plans: Sequence[RoundPlan], adapter: Vector) -> Iterator[Answer]:
-        by_site = {plan.site: plan for plan in plans}
-        for site in self.order:
-            self.asked.append(by_site[site])
-            answers = self.answers[site](by_site[site], adapter.copy())
+    def ask(self, requests: Sequence[Request]) -> Iterator[Answer]:
+        by_site = {request.plan.site: request for request in requests}
+        for site in (site for site in self.order if site in by_site):
+            plan, payload = by_site[site]
+            self.asked.append(plan)
+            answers = self.answers[site](plan, payload.view("<f4").copy())
             yield from answers if isinstance(answers, list) else [answers]
 
     def ledgers(self, requests: Sequence[LedgerRequest]) -> Iterator[tuple[str, bytes]]:
         for request in requests:
-            yield request.site, b"a ledger of " + request.site.encode()
+            if request.site in self.books:
+                yield request.site, self.books[request.site]
 
 
 @pytest.fixture
@@ -134,7 +128,7 @@ def test_every_round_moves_the_adapter_by_the_mean_of_the_updates(start) -> None
     job = run.job()
     layout = layout_of(job, locate(job))[0]
     flat = np.zeros(layout.size, dtype=np.float32)
-    updates = [honest(plan, flat).delta.astype(np.float64) for plan in sites.asked]
+    updates = [honest(plan, flat).delta("fp32", layout.size).astype(np.float64) for plan in sites.asked]
     assert layout.flatten(outcome.arrays) == pytest.approx(np.mean(updates, axis=0), abs=1e-6)
 
 
@@ -159,17 +153,31 @@ def changed(**changes: object) -> Answerer:
     return lambda plan, adapter: honest(plan, adapter, **changes)
 
 
+def of_numbers(numbers: np.ndarray) -> Answerer:
+    """An update whose payload is no bytes."""
+    return lambda plan, adapter: AdapterUpdate(honest(plan, adapter).header, numbers)
+
+
+def unsigned(plan: RoundPlan, adapter: Vector) -> Answer:
+    update = honest(plan, adapter)
+    return AdapterUpdate(update.header.model_copy(update={"signature": ""}), update.payload)
+
+
 EVENT = {"kind": "dp-sgd", "sampling_probability": 1 / 3, "noise_multiplier": 0.01, "steps": 2}
 BAD: dict[str, tuple[Answerer, str]] = {
-    "NaN": (with_value(np.nan), "NaN"),
-    "infinity": (with_value(-np.inf, 5), "infinite"),
-    "a wrong shape": (lambda p, a: honest(p, a, np.zeros(a.size + 1, np.float32)), "expected 192 fp32"),
-    "a wrong type": (lambda p, a: honest(p, a, np.zeros(a.size)), "float64"),
+    "NaN": (with_value(np.nan), "192 finite numbers"),
+    "infinity": (with_value(-np.inf, 5), "192 finite numbers"),
+    "a wrong shape": (lambda p, a: honest(p, a, np.ones(a.size + 1, np.float32)), "expected 768 bytes"),
+    "a wrong type": (of_numbers(np.zeros(768)), "float64"),
+    "the global adapter": (lambda p, a: honest(p, a, np.zeros_like(a)), "echoes the global adapter"),
+    "no signature": (unsigned, "not signed"),
+    "a changed signature": (changed(head=head_of("site-2", 1, KEY)), "not by its own key"),
     "a wrong hash": (changed(update_sha256="0" * 64), "hash"),
     "another event": (changed(event=EVENT), "than was planned"),
     "no event": (changed(event={}), "what was released"),
     "a huge norm": (with_value(1e20), "norm"),
     "another round": (changed(round=99), "another plan"),
+    "another run": (changed(run_id="yesterday"), "another plan"),
     "another job": (changed(job_sha256="0" * 64), "another job"),
     "another adapter": (changed(base_sha256="0" * 64), "another"),
     "a crash": (crash, "failed"),
@@ -256,12 +264,17 @@ def test_a_round_is_charged_before_any_site_is_asked(start) -> None:
     assert charged == [number for number in range(1, ROUNDS + 1) for _ in NAMES]
 
 
-def test_an_interruption_in_a_round_costs_that_round_and_no_more(start) -> None:
+def rounds_of(run: RunFolder) -> dict[str, list[int]]:
+    return {site: [entry["round"] for entry in entries] for site, entries in accounts(run).items()}
+
+
+def test_an_interruption_in_a_round_costs_nothing_and_changes_no_bit(start) -> None:
     def stop_in_round_2(plan: RoundPlan, adapter: Vector) -> Answer:
         if plan.round == 2:
             raise KeyboardInterrupt
         return honest(plan, adapter)
 
+    whole = coordinate(start(run={"rounds": 3}), fleet())
     run = start(run={"rounds": 3})
     with pytest.raises(KeyboardInterrupt):
         conduct(run, fleet(stop_in_round_2), "test")
@@ -270,42 +283,260 @@ def test_an_interruption_in_a_round_costs_that_round_and_no_more(start) -> None:
     assert kept is not None
     assert kept.round == 1
     sites = fleet()
-    coordinate(run, sites)
-    assert sorted({plan.round for plan in sites.asked}) == [2]
-    for entries in accounts(run).values():
-        assert [entry["round"] for entry in entries] == [1, 2, 2]
+    assert bits(coordinate(run, sites)) == bits(whole)
+    assert sorted({plan.round for plan in sites.asked}) == [2, 3]
+    assert rounds_of(run) == {name: [1, 2, 3] for name in NAMES}
     assert run.job().steps == sum(entry["event"]["steps"] for entry in accounts(run)["site-1"])
 
 
-def test_a_run_interrupted_in_every_round_ends_by_name(start) -> None:
-    def stop(_plan: RoundPlan, _adapter: Vector) -> Answer:
-        raise KeyboardInterrupt
+def test_a_run_interrupted_again_and_again_costs_no_more_and_ends_as_it_would_have(start) -> None:
+    left = [1, 1, 2]  # rounds in which the next processes stop
+
+    def stop(plan: RoundPlan, adapter: Vector) -> Answer:
+        if left and plan.round == left[0]:
+            left.pop(0)
+            raise KeyboardInterrupt
+        return honest(plan, adapter)
 
     run = start()
-    for _ in range(ROUNDS):
+    for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             coordinate(run, fleet(stop))
-    with pytest.raises(RunFailed) as caught:
-        coordinate(run, fleet())
-    assert caught.value.code == "E-NO-ROUND"
+    assert bits(coordinate(run, fleet(stop))) == expected(start, *NAMES)
+    assert rounds_of(run) == {name: [1, 2] for name in NAMES}
+    rows = [(row["round"], row["site"]) for row in run.metrics() if row.get("site")]
+    assert sorted(rows) == [(number, site) for number in (1, 2) for site in NAMES]
 
 
 def test_a_damaged_newest_checkpoint_does_not_stop_the_run(start) -> None:
-    run = start(run={"rounds": 4})
-
     def stop_in_round_3(plan: RoundPlan, adapter: Vector) -> Answer:
         if plan.round == 3:
             raise KeyboardInterrupt
         return honest(plan, adapter)
 
+    whole = coordinate(start(run={"rounds": 4}), fleet())
+    run = start(run={"rounds": 4})
     with pytest.raises(KeyboardInterrupt):
         coordinate(run, fleet(stop_in_round_3))
-    (run.checkpoints / "round-00002" / "adapter_model.safetensors").write_bytes(b"")
-    coordinate(run, fleet())
+    (run.checkpoints / "round-00002" / STATE).write_bytes(b"")
+    sites = fleet()
+    assert bits(coordinate(run, sites)) == bits(whole)
+    assert sorted({plan.round for plan in sites.asked}) == [2, 3, 4]
     again = load_checkpoint(run)
     assert again is not None
-    assert again.round == 2
-    assert len(accounts(run)["site-1"]) == 4
+    assert again.round == 4
+    assert rounds_of(run) == {name: [1, 2, 3, 4] for name in NAMES}
+
+
+# What goes from round to round
+
+
+def test_a_site_whose_update_was_not_used_is_told_why_in_its_next_plan_until_one_is(start) -> None:
+    def wrong_in(*rounds: int) -> Answerer:
+        return lambda p, a: honest(p, a, update_sha256="0" * 64) if p.round in rounds else honest(p, a)
+
+    run, sites = start(run={"rounds": 4}), Sites({**dict.fromkeys(NAMES, honest), "site-2": wrong_in(1, 2)})
+    coordinate(run, sites)
+    notices = {(plan.site, plan.round): plan.notice for plan in sites.asked if plan.notice}
+    words = "its hash does not match"
+    assert notices == {("site-2", 2): f"round 1: {words}", ("site-2", 3): f"round 2: {words}"}
+    assert [event["data"]["rejected"] for event in run.events() if event["type"] == "round"] == [
+        ["site-2"], ["site-2"], [], [],
+    ]  # fmt: skip
+
+
+def test_a_notice_outlives_an_interruption_and_a_round_in_which_its_site_was_silent(start) -> None:
+    def answer(plan: RoundPlan, adapter: Vector) -> Answer | list[Answer]:
+        return [honest(plan, adapter, round=99), []][plan.round - 1] if plan.round < 3 else honest(plan, adapter)
+
+    def stop(plan: RoundPlan, adapter: Vector) -> Answer:
+        if plan.round == 2:
+            raise KeyboardInterrupt
+        return honest(plan, adapter)
+
+    run = start(run={"rounds": 3})
+    with pytest.raises(KeyboardInterrupt):
+        coordinate(run, Sites({"site-1": honest, "site-2": answer, "site-3": stop}))
+    sites = Sites({"site-1": honest, "site-2": answer, "site-3": honest})
+    coordinate(run, sites)
+    told = {plan.round: plan.notice for plan in sites.asked if plan.site == "site-2"}
+    assert told == dict.fromkeys((2, 3), "round 1: it answers another plan")
+
+
+def test_a_site_that_joins_late_is_asked_from_the_next_round_on(start) -> None:
+    run, sites = start(run={"rounds": 3}), Sites({"site-1": honest, "site-3": honest})
+
+    def newcomer_after(plan: RoundPlan, adapter: Vector) -> Answer:
+        if plan.round == 1:  # it comes while the first round is going on
+            sites.answers["site-2"] = honest
+            sites.order = NAMES
+        return honest(plan, adapter)
+
+    sites.answers["site-1"] = newcomer_after
+    outcome = coordinate(run, sites)
+    assert [(p.round, p.site) for p in sites.asked] == [
+        (1, "site-1"), (1, "site-3"), *((number, site) for number in (2, 3) for site in NAMES),
+    ]  # fmt: skip
+    assert rounds_of(run) == {"site-1": [1, 2, 3], "site-2": [2, 3], "site-3": [1, 2, 3]}
+    assert outcome.traffic.keys() == set(NAMES)
+    joined = [plan for plan in sites.asked if plan.site == "site-2"]
+    assert {plan.base_sha256 for plan in joined} == {p.base_sha256 for p in sites.asked if p.site == "site-1"} - {
+        sites.asked[0].base_sha256
+    }, "it starts from where the others are"
+
+
+def test_a_site_that_failed_stays_last_in_line_until_it_answers_again(start) -> None:
+    federation = {"sites": 3, "selection": "available", "sites_per_round": 2}
+    late = lambda p, _a: SiteFailure(site=p.site, code="E-TIMEOUT", message="late", exit_code=3)  # noqa: E731
+    run, sites = start(run={"rounds": 6}, federation=federation), fleet(late)
+    coordinate(run, sites)
+    asked = {number: sorted(p.site for p in sites.asked if p.round == number) for number in range(1, 7)}
+    first = min(number for number, names in asked.items() if "site-2" in names)
+    assert first < 6
+    assert all(asked[number] == ["site-1", "site-3"] for number in range(first + 1, 7))
+    kept = load_checkpoint(run)
+    assert kept is not None
+    assert kept.absent == ("site-2",)
+
+
+def test_no_site_takes_more_rounds_than_the_job_lets_it_also_after_an_interruption(start) -> None:
+    federation = {"sites": 3, "selection": "random", "sites_per_round": 1, "max_rounds_per_site": 2}
+    whole = fleet()
+    wanted = bits(coordinate(start(run={"rounds": 6}, federation=federation), whole))
+    run, left = start(run={"rounds": 6}, federation=federation), [4]
+
+    def stop(plan: RoundPlan, adapter: Vector) -> Answer:
+        if left and plan.round == left[0]:
+            left.pop()
+            raise KeyboardInterrupt
+        return honest(plan, adapter)
+
+    with pytest.raises(KeyboardInterrupt):
+        coordinate(run, Sites(dict.fromkeys(NAMES, stop)))
+    again = fleet()
+    assert bits(coordinate(run, again)) == wanted
+    order = [(plan.round, plan.site) for plan in whole.asked]
+    assert [(plan.round, plan.site) for plan in again.asked] == order[3:]
+    assert Counter(site for _, site in order) == dict.fromkeys(NAMES, 2)
+    assert all(len(numbers) == 2 for numbers in rounds_of(run).values())
+
+
+def test_a_quorum_ends_a_round_and_who_was_not_waited_for_stays_charged(start) -> None:
+    run, sites = start(federation={"sites": 3, "quorum": 2}), fleet()
+    outcome = coordinate(run, sites)
+    assert bits(outcome) == expected(start, "site-1", "site-2")
+    assert rounds_of(run) == {name: [1, 2] for name in NAMES}
+    assert outcome.traffic.keys() == {"site-1", "site-2"}
+
+
+def test_a_run_without_any_site_ends_by_name(start) -> None:
+    with pytest.raises(RunFailed) as caught:
+        coordinate(start(), Sites({}))
+    assert caught.value.code == "E-NO-SITE"
+
+
+@pytest.mark.parametrize("rule", ["product_svd", "alternating_rounds", "fedex", "flora_stack", "fed_sb"])
+def test_every_kind_of_rule_runs_over_codecs_both_ways_and_goes_on_as_if_never_interrupted(start, rule: str) -> None:
+    ranks = {"site-2": 1} if rule in ("product_svd", "alternating_rounds", "flora_stack") else {}
+    job = {"aggregation": {"rule": rule}, "lora": {"ranks": ranks}, "run": {"rounds": 3},
+           "transport": {"codec_up": "int8", "codec_down": "bf16"}}  # fmt: skip
+    sizes: dict[tuple[str, int], int] = {}
+    left = [3]
+
+    def answer(plan: RoundPlan, _payload: Vector) -> Answer:
+        layout = layout_of(plan.job, locate(plan.job))[0].at_rank(plan.rank)
+        size = sizes.setdefault((plan.site, plan.round), returned(plan.job.rule, layout, plan.round).size)
+        delta = np.random.default_rng([plan.round, *plan.site.encode()]).standard_normal(size).astype(np.float32)
+        return update_of(plan, delta / 10)
+
+    def stop(plan: RoundPlan, payload: Vector) -> Answer:
+        if left and plan.round == left[0]:
+            left.pop()
+            raise KeyboardInterrupt
+        return answer(plan, payload)
+
+    whole = coordinate(start(**job), Sites(dict.fromkeys(NAMES, answer)))
+    run, sites = start(**job), Sites(dict.fromkeys(NAMES, stop))
+    with pytest.raises(KeyboardInterrupt):
+        coordinate(run, sites)
+    assert bits(coordinate(run, sites)) == bits(whole)
+    offsets = {plan.round: plan.offset_rank for plan in sites.asked}
+    assert (offsets[1] == 0) and (bool(offsets[3]) == (rule in ("fedex", "flora_stack")))
+    assert {plan.site: plan.rank for plan in sites.asked} == {**dict.fromkeys(NAMES, 2), **ranks}
+    by_round = {p.round: {q.base_sha256 for q in sites.asked if q.round == p.round} for p in sites.asked}
+    assert all(len(hashes) == 1 + len(ranks) for hashes in by_round.values())
+    assert all(np.isfinite(array).all() for array in whole.arrays.values())
+    assert {name.split(".")[-2] for name in whole.arrays} == {"lora_A", "lora_B"}, "what is published is plain"
+
+
+# What it cost
+
+
+def book(run: RunFolder, rounds: Sequence[int]) -> list[bytes]:
+    """The lines of a ledger that charges these rounds of the run."""
+    event = mechanism_of(run.job()).event(run.job().train.local_steps).to_dict()
+    fields = {"dataset": "d", "unit": "record", "run_id": run.run_id, "job_sha256": run.job().sha256(), "event": event}
+    lines = [next_line(None, "", "site.init", {})]
+    for number in rounds:
+        last = read_chain(b"".join(lines))[-1]
+        lines.append(next_line(last, "", "budget.reserve", {**fields, "round": number}))
+    return lines
+
+
+def signed_book(lines: Sequence[bytes], site: str, seq: int) -> SignedHead:
+    """The head of a ledger's line, signed by the site."""
+    sha256 = read_chain(b"".join(lines))[seq - 1].sha256
+    signature = sign(key_of(site), "cotune-head", head_message(site, seq, sha256))
+    return SignedHead(
+        site=site, seq=seq, sha256=sha256, public_key=public_key_line(key_of(site).public_key()), signature=signature
+    )
+
+
+def run_with_book(start: Any, rounds: Sequence[int], shown: Callable[[list[bytes]], bytes]) -> RunFolder:
+    """A run of two rounds in which site-1 signs heads of one ledger and shows, at the end, another or the same."""
+    run, sites = start(), fleet()
+    lines = book(run, rounds)
+    heads = {1: 2, 2: len(lines)}
+    sites.answers["site-1"] = lambda p, a: honest(p, a, head=signed_book(lines, "site-1", heads[p.round]))
+    sites.books["site-1"] = shown(lines)
+    coordinate(run, sites)
+    return run
+
+
+def test_a_round_its_site_had_to_take_twice_is_charged_twice_by_the_sites_own_ledger(start) -> None:
+    run = run_with_book(start, [1, 2, 2], b"".join)
+    assert rounds_of(run) == {"site-1": [1, 2, 2], "site-2": [1, 2], "site-3": [1, 2]}
+    assert run.ledger("site-1").read_bytes() == b"".join(book(run, [1, 2, 2]))
+    assert not said(run, "site-1")
+
+
+NO_BOOKS: dict[str, tuple[Sequence[int], Callable[[list[bytes]], bytes]]] = {
+    "no ledger": ([1, 2], lambda lines: b"a ledger of site-1"),
+    "nothing": ([1, 2], lambda lines: b""),
+    "one cut short": ([1, 2], lambda lines: b"".join(lines[:-1])),
+    "one that never charged": ([2, 2], b"".join),
+    "another one": ([1, 2], lambda lines: b"".join([*lines[:-1], lines[-1].replace(b'"d"', b'"e"')])),
+}
+
+
+@pytest.mark.parametrize("kind", NO_BOOKS)
+def test_a_ledger_that_is_not_the_one_its_site_signed_takes_nothing_back(start, kind: str) -> None:
+    run = run_with_book(start, *NO_BOOKS[kind])
+    assert rounds_of(run)["site-1"] == [1, 2]
+    assert all("refused" not in entry for entry in accounts(run)["site-1"])
+    assert said(run, "site-1") == ["site-1: its ledger is not one chain of what it released"]
+
+
+def test_a_site_that_will_not_answer_again_after_an_interruption_stays_charged(start) -> None:
+    def stop(plan: RoundPlan, adapter: Vector) -> Answer:
+        raise KeyboardInterrupt
+
+    run = start()
+    with pytest.raises(KeyboardInterrupt):
+        coordinate(run, Sites({"site-1": honest, "site-2": honest, "site-3": stop}))
+    coordinate(run, fleet(refuse))
+    entries = accounts(run)["site-2"]
+    assert [(entry["round"], "refused" in entry) for entry in entries] == [(1, False), (2, True)]
 
 
 def test_a_defect_of_a_fleet_is_named_without_its_text(start) -> None:

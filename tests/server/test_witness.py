@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from tests.server.answers import head_of
 
 from cotune.server.witness import Witness
 from cotune.shared.chain import SignedHead
@@ -18,15 +20,24 @@ EVENT = {"kind": "dp-sgd", "sampling_probability": 0.1, "noise_multiplier": 1.0,
 def header(head: SignedHead, site: str = "site-1", witnessed: tuple[SignedHead, ...] = ()) -> UpdateHeader:
     sha256 = "0" * 64
     return UpdateHeader(
-        site=site, round=1, job_sha256=sha256, base_sha256=sha256, update_sha256=sha256, event=EVENT,
+        site=site, run_id="run", round=1, job_sha256=sha256, base_sha256=sha256, update_sha256=sha256, event=EVENT,
         head=head, witnessed=witnessed,
     )  # fmt: skip
+
+
+def keep(witness: Witness, header: UpdateHeader) -> str | None:
+    """What the coordinator does with an answer: the reason it is not acceptable, or else it is kept, durably."""
+    reason = witness.reason(header)
+    if reason is None:
+        witness.keep(header)
+        witness.save()
+    return reason
 
 
 def test_a_site_gets_its_own_head_and_those_of_the_next_three(tmp_path: Path, sign_head: Sign) -> None:
     witness = Witness(tmp_path / "heads.json")
     for site in SITES:
-        assert witness.keep(header(sign_head(site, 4), site)) is None
+        assert keep(witness, header(sign_head(site, 4), site)) is None
     again = Witness(tmp_path / "heads.json")
     assert [head.site for head in again.heads_for("site-5", SITES)] == ["site-5", "site-6", "site-1", "site-2"]
     assert [head.site for head in again.heads_for("site-1", SITES[:1])] == ["site-1"]
@@ -35,17 +46,39 @@ def test_a_site_gets_its_own_head_and_those_of_the_next_three(tmp_path: Path, si
 def test_an_older_head_a_forged_one_and_another_key_are_refused(tmp_path: Path, sign_head: Sign) -> None:
     witness = Witness(tmp_path / "heads.json")
     newest = sign_head("site-1", 5)
-    assert witness.keep(header(newest)) is None
-    assert witness.keep(header(newest)) is None  # the same update, sent again
-    assert witness.keep(header(sign_head("site-1", 4))) == "its ledger is older than one it signed before"
+    assert keep(witness, header(newest)) is None
+    assert keep(witness, header(newest)) is None  # the same update, sent again
+    assert keep(witness, header(sign_head("site-1", 4))) == "its ledger is older than one it signed before"
     fork = newest.model_copy(update={"sha256": "f" * 64})
     stolen = sign_head("site-2", 9).model_copy(update={"site": "site-1"})
     for forged in (fork, stolen, newest.model_copy(update={"seq": 6}), sign_head("site-2", 9)):
-        assert witness.keep(header(forged)) == "its ledger head is not signed by its own key"
-    other = sign_head("stranger", 9)
-    known = Witness(tmp_path / "heads.json").heads_for("site-1", SITES)
-    assert known == (newest,)
-    assert other.public_key != newest.public_key
+        assert keep(witness, header(forged)) == "its ledger head is not signed by its own key"
+    assert Witness(tmp_path / "heads.json").heads_for("site-1", SITES) == (newest,)
+
+
+def test_a_genuine_head_by_another_key_than_the_first_is_refused_however_new(tmp_path: Path) -> None:
+    witness = Witness(tmp_path / "heads.json")
+    assert keep(witness, header(head_of("site-1", 5))) is None
+    other = head_of("site-1", 6, Ed25519PrivateKey.generate())
+    assert keep(witness, header(other)) == "its ledger head is signed by another key than before"
+    assert keep(witness, header(head_of("site-2", 1), "site-2", (other,))) is None
+    assert witness.heads_for("site-1", SITES)[0].seq == 5, "nor does another site's word change it"
+
+
+def test_an_answer_that_is_not_admitted_leaves_no_head_behind(tmp_path: Path, sign_head: Sign) -> None:
+    witness = Witness(tmp_path / "heads.json")
+    assert witness.reason(header(sign_head("site-1", 9))) is None
+    witness.save()
+    assert Witness(tmp_path / "heads.json").heads_for("site-1", SITES) == ()
+    assert keep(witness, header(sign_head("site-1", 3))) is None
+
+
+def test_what_was_not_saved_is_asked_for_again_and_taken_again(tmp_path: Path, sign_head: Sign) -> None:
+    witness = Witness(tmp_path / "heads.json")
+    witness.keep(header(sign_head("site-1", 4)))
+    again = Witness(tmp_path / "heads.json")
+    assert again.heads_for("site-1", SITES) == ()
+    assert keep(again, header(sign_head("site-1", 4))) is None
 
 
 def test_a_fork_signed_by_the_site_itself_is_refused(tmp_path: Path, sign_head: Sign) -> None:
@@ -53,14 +86,14 @@ def test_a_fork_signed_by_the_site_itself_is_refused(tmp_path: Path, sign_head: 
         '{"site-1": ' + sign_head("site-1", 5).model_copy(update={"sha256": "f" * 64}).model_dump_json() + "}"
     )
     witness = Witness(tmp_path / "heads.json")
-    assert witness.keep(header(sign_head("site-1", 5))) == "its ledger is older than one it signed before"
+    assert keep(witness, header(sign_head("site-1", 5))) == "its ledger is older than one it signed before"
 
 
 def test_what_one_coordinator_forgot_the_other_sites_bring_back(tmp_path: Path, sign_head: Sign) -> None:
     forgetful = Witness(tmp_path / "heads.json")
-    forgetful.keep(header(sign_head("site-1", 3)))
+    assert keep(forgetful, header(sign_head("site-1", 3))) is None
     held = (sign_head("site-1", 8), sign_head("site-3", 2).model_copy(update={"seq": 3}))
-    assert forgetful.keep(header(sign_head("site-2", 4), "site-2", held)) is None
+    assert keep(forgetful, header(sign_head("site-2", 4), "site-2", held)) is None
     assert forgetful.heads_for("site-1", SITES)[0].seq == 8
     assert "site-3" not in {head.site for head in forgetful.heads_for("site-1", SITES)}
 

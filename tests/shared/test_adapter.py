@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from cotune.shared.adapter import Layout, Vector, fingerprint, flat_sha256
+from cotune.shared.adapter import Layout, Vector, fingerprint, flat_sha256, nested
 
 LAYOUT = Layout(
     shapes={"a.lora_A": (2, 3), "a.lora_B": (4, 2), "b.lora_A": (2, 3), "b.lora_B": (1, 2)},
@@ -71,3 +71,43 @@ def test_a_flat_hash_is_sha256_of_little_endian_fp32_bytes() -> None:
     flat = np.array([1.0, -2.5], dtype=np.float32)
     assert flat_sha256(flat) == hashlib.sha256(bytes.fromhex("0000803f000020c0")).hexdigest()
     assert flat_sha256(flat[::-1]) != flat_sha256(flat)
+
+
+REAL = Layout(
+    shapes={
+        "m.lora_A.weight": (4, 7), "m.lora_B.weight": (5, 4), "m.lora_core.weight": (4, 4), "score.weight": (3, 7),
+    },
+    trained=("m.lora_A.weight", "m.lora_B.weight", "score.weight"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("rank", [1, 3, 4, 6])
+def test_at_another_rank_factors_change_and_heads_do_not(rank: int) -> None:
+    other = REAL.at_rank(rank)
+    assert other.trained == REAL.trained
+    assert other.shapes["m.lora_A.weight"] == (rank, 7)
+    assert other.shapes["m.lora_B.weight"] == (5, rank)
+    assert other.shapes["score.weight"] == (3, 7)
+    assert other.size == 12 * rank + 21
+    assert other.at_rank(4) == REAL
+
+
+def test_only_some_tensors_keep_their_order_and_the_shapes_of_all() -> None:
+    some = REAL.only(["score.weight", "m.lora_A.weight", "unknown"])
+    assert some.trained == ("m.lora_A.weight", "score.weight")
+    assert some.shapes == REAL.shapes
+    assert some.size == 28 + 21
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_a_nested_adapter_is_the_first_rows_of_a_and_columns_of_b(rank: int) -> None:
+    random = np.random.default_rng(2)
+    made = {name: random.normal(size=shape).astype(np.float32) for name, shape in REAL.shapes.items()}
+    part = nested(made, rank)
+    np.testing.assert_array_equal(part["m.lora_A.weight"], made["m.lora_A.weight"][:rank])
+    np.testing.assert_array_equal(part["m.lora_B.weight"], made["m.lora_B.weight"][:, :rank])
+    np.testing.assert_array_equal(part["score.weight"], made["score.weight"])
+    flat = REAL.at_rank(rank).flatten(part)
+    back = REAL.at_rank(rank).unflatten(flat)
+    assert all(np.array_equal(back[name], part[name]) for name in REAL.trained)
+    assert nested(part, rank).keys() == made.keys()

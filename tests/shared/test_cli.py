@@ -88,7 +88,8 @@ def test_an_unknown_command_exits_4_and_names_the_nearest(told) -> None:
         ["simulate", "missing.toml"],
         ["simulate", "run.toml", "--engine", "warp"],
         ["simulate", "run.toml", "--sites", "two"],
-        ["simulate", "run.toml", "--resume", "nothing"],
+        ["resume", "nothing"],
+        ["resume"],
         ["simulate", "recipe:nothing"],
         ["config", "validate", "missing.toml"],
         ["config", "validate", "run.toml", "run.round=2"],
@@ -108,7 +109,7 @@ def test_an_unknown_command_exits_4_and_names_the_nearest(told) -> None:
         ["export", "latest"],
         ["data", "check", "missing.jsonl"],
     ],
-    ids=range(25),
+    ids=range(26),
 )
 def test_a_users_mistake_exits_4_with_a_code_and_as_one_envelope(
     told, job_file: Path, monkeypatch, arguments: list[str]

@@ -31,7 +31,7 @@ OTHERS: dict[str, object] = {
     "lora.alpha": 8.5,
     "lora.target_modules": ["q_proj"],
     "lora.last_layers": 3,
-    "lora.freeze_a": False,
+    "lora.ranks": {"site-1": 4},
     "data.train": "/b.jsonl",
     "data.sites": {"site-a": "/a.jsonl"},
     "data.format": "text",
@@ -50,6 +50,8 @@ OTHERS: dict[str, object] = {
     "train.schedule": "linear",
     "train.optimizer": "adamw",
     "train.momentum": 0.9,
+    "train.proximal": 0.1,
+    "train.scaffold": True,
     "train.microbatch": 31,
     "train.max_batch_size": 80,
     "train.checkpointing": True,
@@ -67,8 +69,26 @@ OTHERS: dict[str, object] = {
     "federation.sites": 5,
     "federation.min_sites": 2,
     "federation.round_timeout_s": 60.0,
-    "federation.aggregation": None,  # only one value so far
-    "federation.max_update_norm": 10.0,
+    "federation.selection": "available",
+    "federation.sites_per_round": 2,
+    "federation.max_rounds_per_site": 3,
+    "federation.quorum": 3,
+    "federation.secure_aggregation": None,  # only one value so far
+    "aggregation.rule": "fedex",
+    "aggregation.weights": {"site-1": 2.0},
+    "aggregation.max_update_norm": 10.0,
+    "aggregation.robust": "norm_bound",
+    "aggregation.norm_bound": 2.0,
+    "aggregation.trim": 0.3,
+    "aggregation.hostile": 2,
+    "aggregation.root": "/r.jsonl",
+    "aggregation.optimizer": "fedavgm",
+    "aggregation.learning_rate": 0.5,
+    "aggregation.momentum": 0.8,
+    "aggregation.ema": 0.5,
+    "transport.codec_up": "int8",
+    "transport.codec_down": "bf16",
+    "transport.error_feedback": True,
     "eval.data": "/e.jsonl",
     "eval.every": 2,
     "eval.limit": 10,
@@ -83,6 +103,10 @@ NEEDS: dict[str, dict[str, dict[str, object]]] = {
     "data.max_per_unit": {"data": {"unit": "column:patient"}},
     "data.units_per_site": {"data": {"unit": "column:patient"}},
     "data.sites": {"data": {"train": None}},
+    "federation.sites_per_round": {"federation": {"selection": "random"}},
+    "federation.max_rounds_per_site": {"federation": {"selection": "random", "sites_per_round": 1}},
+    "aggregation.root": {"aggregation": {"robust": "fltrust"}},
+    "transport.error_feedback": {"transport": {"codec_up": "int8"}},
 }
 
 
@@ -104,7 +128,7 @@ def test_every_setting_that_changes_changes_the_hash() -> None:
         changed = job(**merged(NEEDS.get(key, {}), {section: {name: value}})).sha256()
         assert changed not in seen or key in NEEDS, f"{key} hashes like {seen.get(changed)}"
         seen[changed] = key
-    assert len(seen) >= len(OTHERS) - 2  # task.kind and task.labels need each other
+    assert len(seen) == len(OTHERS) - 1  # one has no other value; task.kind and task.labels need each other
 
 
 def test_the_hash_is_that_of_the_canonical_json_and_the_same_in_another_process() -> None:
@@ -159,7 +183,22 @@ def test_a_job_is_its_own_json_again() -> None:
         {"privacy": {"noise": "none"}},
         {"privacy": {"level": "person"}},
         {"federation": {"sites": 2, "min_sites": 3}},
-        {"federation": {"aggregation": "median"}},
+        {"federation": {"selection": "fastest"}},
+        {"federation": {"sites_per_round": 0}},
+        {"federation": {"quorum": 0}},
+        {"federation": {"max_rounds_per_site": 0}},
+        {"federation": {"secure_aggregation": True}},
+        {"aggregation": {"rule": "mean"}},
+        {"aggregation": {"weights": {"site-1": 0.0}}},
+        {"aggregation": {"max_update_norm": 0.0}},
+        {"aggregation": {"robust": "mean"}},
+        {"aggregation": {"trim": 0.5}},
+        {"aggregation": {"hostile": 0}},
+        {"aggregation": {"optimizer": "sgd"}},
+        {"aggregation": {"ema": 1.0}},
+        {"lora": {"ranks": {"site-1": 0}}},
+        {"train": {"proximal": -0.1}},
+        {"transport": {"codec_up": "zip"}},
         {"eval": {"every": 0}},
         {"schema": 2},
     ],

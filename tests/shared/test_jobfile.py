@@ -114,12 +114,14 @@ def test_overrides_read_toml_values_and_bare_words(file: Path) -> None:
             "run.name=other",
             'model.base="hub/id"',
             'lora.target_modules=["k_proj"]',
-            "lora.freeze_a=false",
+            "train.scaffold=true",
+            "aggregation.rule=fedavg_ab",
             "eval.limit=5",
         ],
     )
     assert (job.run.rounds, job.privacy.epsilon, job.run.name) == (8, 3.0, "other")
-    assert (job.model.base, job.lora.target_modules, job.lora.freeze_a) == ("hub/id", ("k_proj",), False)
+    assert (job.model.base, job.lora.target_modules) == ("hub/id", ("k_proj",))
+    assert (job.train.scaffold, job.aggregation.rule) == (True, "fedavg_ab")
     assert job.eval.limit == 5
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from cotune.shared.adapter import fingerprint
+from cotune.shared.adapter import Layout, fingerprint, nested
 from cotune.shared.errors import ModelError, StorageError
 from cotune.shared.examples import tokenize
 from cotune.shared.job import Job
@@ -29,6 +29,8 @@ from cotune.shared.methods import (
 from cotune.shared.model import load_model, load_tokenizer, locate
 from cotune.shared.network import Network
 from cotune.shared.records import read_records
+
+BOTH = {"rule": "fedavg_ab"}
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +50,11 @@ def job(request: pytest.FixtureRequest, make_job: Any, tiny_encoder: Path) -> Jo
             lora={"target_modules": ["query", "value"], "last_layers": 1},
         )
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return make_job(lora={"freeze_a": False, "last_layers": "all", "target_modules": modules, "r": 3})
+    return make_job(lora={"last_layers": "all", "target_modules": modules, "r": 3}, aggregation=BOTH)
+
+
+def shape_of(job: Job) -> Layout:
+    return layout(attached(job), job.rule)
 
 
 def attached(job: Job) -> Any:
@@ -74,7 +80,7 @@ def test_the_names_are_those_peft_saves(job: Job, tmp_path: Path) -> None:
     assert list(ours) == sorted(theirs)
     for name, array in theirs.items():
         np.testing.assert_array_equal(ours[name], array)
-    assert layout(adapted).shapes == {name: theirs[name].shape for name in ours}
+    assert layout(adapted, job.rule).shapes == {name: theirs[name].shape for name in ours}
 
 
 def test_the_rows_of_a_are_orthonormal_and_everything_else_starts_at_zero(job: Job) -> None:
@@ -92,7 +98,7 @@ def test_a_new_adapter_changes_nothing_the_model_says(job: Job) -> None:
 
 
 def test_initial_values_follow_from_the_seed_alone(job: Job) -> None:
-    shape = layout(attached(job))
+    shape = shape_of(job)
     first, again, other = (fingerprint(initial_values(shape, seed)) for seed in (3, 3, 4))
     assert first == again != other
     assert fingerprint(read(attached(job))) == first, "the job's seed is 3"
@@ -101,12 +107,70 @@ def test_initial_values_follow_from_the_seed_alone(job: Job) -> None:
 
 
 def test_b_alone_is_trained_when_a_is_frozen_and_both_otherwise(make_job: Any) -> None:
-    frozen, both = attached(make_job()), attached(make_job(lora={"freeze_a": False}))
+    frozen, both = attached(make_job()), attached(make_job(aggregation=BOTH))
     assert {name.split(".lora_")[1][0] for name in trainable(frozen)} == {"B"}
     assert {name.split(".lora_")[1][0] for name in trainable(both)} == {"A", "B"}
-    assert tuple(trainable(frozen)) == layout(frozen).trained
+    assert tuple(trainable(frozen)) == layout(frozen, make_job().rule).trained
     moving = {id(p) for p in frozen.parameters() if p.requires_grad}
     assert moving == {id(p) for p in trainable(frozen).values()}
+
+
+def test_a_core_is_what_is_trained_between_factors_whose_rows_and_columns_are_orthonormal(make_job: Any) -> None:
+    job = make_job(aggregation={"rule": "fed_sb"})
+    adapted = attached(job)
+    shape = layout(adapted, job.rule)
+    assert {name.split(".lora_")[1] for name in shape.trained} == {"core.weight"}
+    assert {shape.shapes[name] for name in shape.trained} == {(2, 2)}
+    for name, array in initial_values(shape, 3).items():
+        if "lora_core" in name:
+            assert not array.any()
+        else:
+            square = array @ array.T if "lora_A" in name else array.T @ array
+            np.testing.assert_allclose(square, np.eye(2), atol=1e-6)
+    torch.testing.assert_close(losses(adapted, job), losses(load_model(locate(job), job), job), rtol=1e-6, atol=1e-6)
+
+
+def test_a_core_is_written_into_the_network_as_part_of_b(make_job: Any) -> None:
+    job = make_job(aggregation={"rule": "fed_sb"})
+    adapted = attached(job)
+    random = np.random.default_rng(5)
+    values = initial_values(layout(adapted, job.rule), 3)
+    values |= {n: random.normal(size=a.shape).astype(np.float32) for n, a in values.items() if "core" in n}
+    write(adapted, values)
+    back = read(adapted)
+    for name in (n for n in back if "lora_B" in n):
+        np.testing.assert_array_equal(back[name], values[name] @ values[name.replace("lora_B", "lora_core")])
+    assert float((losses(adapted, job) - losses(load_model(locate(job), job), job)).abs().max()) > 1e-3
+
+
+def test_an_adapter_of_another_rank_speaks_as_its_products_do_at_the_jobs_own_scale(make_job: Any) -> None:
+    job = make_job()
+    full, small = attached(job), attached(job)
+    values = random_values(full)
+    one = nested(values, 1)
+    write(small, one)
+    assert {array.shape[0] for name, array in read(small).items() if "lora_A" in name} == {1}
+    padded = {n: np.zeros_like(a) for n, a in values.items()}
+    for name, array in one.items():
+        padded[name][tuple(slice(0, length) for length in array.shape)] = array
+    write(full, padded)
+    torch.testing.assert_close(losses(small, job), losses(full, job), rtol=1e-6, atol=1e-6)
+    write(small, values)
+    assert fingerprint(read(small)) == fingerprint(values)
+
+
+def test_values_drawn_anew_are_others_of_the_same_form(job: Job) -> None:
+    shape = shape_of(job)
+    first, second = initial_values(shape, 3), initial_values(shape, 3, turn=1)
+    for name, array in second.items():
+        if ".lora_A." in name:
+            np.testing.assert_allclose(array @ array.T, np.eye(job.lora.r), atol=1e-6)
+            assert not np.array_equal(array, first[name])
+    assert (
+        fingerprint(second)
+        == fingerprint(initial_values(shape, 3, turn=1))
+        != fingerprint(initial_values(shape, 3, turn=2))
+    )
 
 
 def test_a_classifier_also_trains_its_head(make_job: Any, tiny_encoder: Path) -> None:
@@ -115,14 +179,14 @@ def test_a_classifier_also_trains_its_head(make_job: Any, tiny_encoder: Path) ->
         task={"kind": "classify", "labels": ["cardio", "derma", "pulmo"]},
         lora={"target_modules": ["query", "value"]},
     )
-    shape = layout(attached(job))
+    shape = shape_of(job)
     heads = [name for name in shape.trained if "lora" not in name]
     assert [shape.shapes[name] for name in heads] == [(3,), (3, 32)]
 
 
 def test_only_the_top_layers_get_an_adapter(make_job: Any) -> None:
     for wanted, layers in ((1, {"3"}), (2, {"2", "3"}), (4, {"0", "1", "2", "3"}), ("all", {"0", "1", "2", "3"})):
-        shape = layout(attached(make_job(lora={"last_layers": wanted})))
+        shape = shape_of(make_job(lora={"last_layers": wanted}))
         assert {name.split(".layers.")[1].split(".")[0] for name in shape.shapes} == layers
 
 
@@ -140,7 +204,7 @@ def test_a_rank_above_the_dimension_is_refused_with_the_largest_that_goes(make_j
     assert (caught.value.code, caught.value.param) == ("E-LORA-RANK", "lora.r")
     assert "16" in caught.value.message
     assert "lora.r=16" in str(caught.value.hint)
-    assert layout(attached(make_job(lora={"r": 16}))).size == 2 * 16 * (32 + 16)
+    assert shape_of(make_job(lora={"r": 16})).size == 2 * 16 * (32 + 16)
 
 
 @pytest.mark.parametrize(("wrong", "near"), [("q_prj", "q_proj"), ("vproj", "v_proj"), ("dwn_proj", "down_proj")])
@@ -159,7 +223,7 @@ def test_the_output_layer_the_embedding_and_norms_are_no_targets(make_job: Any, 
 
 
 def test_the_layout_without_weights_is_that_of_the_real_model(job: Job) -> None:
-    real = layout(attached(job))
+    real = shape_of(job)
     shape, _ = layout_of(job, locate(job))
     assert shape == real
     assert list(shape.shapes) == list(real.shapes)
@@ -179,7 +243,7 @@ def test_what_is_written_is_what_is_read(job: Job) -> None:
 
 def test_writing_some_tensors_leaves_the_others(job: Job) -> None:
     adapted = attached(job)
-    before, name = read(adapted), layout(adapted).trained[0]
+    before, name = read(adapted), layout(adapted, job.rule).trained[0]
     write(adapted, {name: random_values(adapted)[name]})
     after = read(adapted)
     assert [n for n in after if not np.array_equal(after[n], before[n])] == [name]
@@ -227,9 +291,10 @@ def test_an_adapter_that_cannot_be_written_is_a_storage_error(tmp_path: Path) ->
 
 
 def test_an_adapter_peft_would_save_otherwise_is_refused(make_job: Any) -> None:
-    adapted = attached(make_job())
+    job = make_job()
+    adapted = attached(job)
     layers = adapted.get_base_model().model.layers
     layers[3].self_attn.q_proj.lora_B = layers[2].self_attn.q_proj.lora_B
     with pytest.raises(ModelError) as caught:
-        layout(adapted)
+        layout(adapted, job.rule)
     assert caught.value.code == "E-LORA-NAMES"

@@ -203,6 +203,7 @@ def test_a_new_classification_head_starts_at_zero_and_alike_everywhere(make_job,
 
 def test_a_model_without_padding_token_and_chat_template_trains(make_job, tmp_path: Path) -> None:
     from cotune.shared.adapter import fingerprint, flat_sha256
+    from cotune.shared.codec import encode
     from cotune.shared.methods import initial_values, layout_of
     from cotune.shared.plan import RoundPlan, cotune_version
     from cotune.shared.planning import resolve
@@ -223,15 +224,16 @@ def test_a_model_without_padding_token_and_chat_template_trains(make_job, tmp_pa
         job=job,
         site="site-1",
         round=1,
+        rank=job.lora.r,
         base_sha256=flat_sha256(flat),
         frozen_sha256=fingerprint(start),
         clipping_norm=job.privacy.clipping_norm,
     )
     run = create_run(tmp_path / "runs", job, b"")
     begin(run)
-    answer = answer_plan(plan.model_copy(update={"run_id": run.run_id}), flat)
+    answer = answer_plan(plan.model_copy(update={"run_id": run.run_id}), encode(flat, "fp32", 0))
     assert isinstance(answer, AdapterUpdate)
-    assert answer.delta.any()
+    assert answer.delta("fp32", layout.size).any()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from cotune.shared.codec import encoded_bytes
 from cotune.shared.errors import PrivacyError
 from cotune.shared.model import locate
 from cotune.shared.planning import epsilon_by_round, make_plan, resolve
@@ -129,8 +130,51 @@ def test_training_both_matrices_makes_the_plan_larger(make_job: Any) -> None:
     frozen, both = (
         make_plan(job, locate(job))
         for job in (
-            resolve(make_job(lora={"freeze_a": freeze}, privacy={"noise_multiplier": 3.0})) for freeze in (True, False)
+            resolve(make_job(aggregation={"rule": rule}, privacy={"noise_multiplier": 3.0}))
+            for rule in ("ffa", "fedavg_ab")
         )
     )
     assert both.trained_parameters == frozen.trained_parameters + 2 * 2 * (32 + 32)
     assert both.bytes_up - frozen.bytes_up == 4 * (both.trained_parameters - frozen.trained_parameters)
+
+
+@pytest.mark.parametrize(("way", "codec"), [("up", "int4"), ("up", "topk"), ("down", "bf16"), ("down", "int8")])
+def test_planned_bytes_are_those_of_the_jobs_codecs(make_job: Any, way: str, codec: str) -> None:
+    plain, coded = (
+        make_plan(job, locate(job))
+        for job in (
+            resolve(make_job(transport={f"codec_{way}": name}, privacy={"noise_multiplier": 3.0}))
+            for name in ("fp32", codec)
+        )
+    )
+    saved = 4 * plain.trained_parameters - encoded_bytes(codec, plain.trained_parameters)
+    assert plain.trained_parameters == coded.trained_parameters
+    other = {"up": "down", "down": "up"}[way]
+    assert getattr(plain, f"bytes_{way}") - getattr(coded, f"bytes_{way}") == pytest.approx(saved, abs=2)
+    assert getattr(plain, f"bytes_{other}") == pytest.approx(getattr(coded, f"bytes_{other}"), abs=2)
+
+
+def test_factors_that_take_turns_travel_up_one_at_a_time_and_control_variates_down(make_job: Any) -> None:
+    def plan_of(**sections: Any) -> Any:
+        job = resolve(make_job(privacy={"noise_multiplier": 3.0}, **sections))
+        return make_plan(job, locate(job))
+
+    both, turns = (plan_of(aggregation={"rule": rule}) for rule in ("fedavg_ab", "alternating_rounds"))
+    assert both.bytes_up - turns.bytes_up == 4 * 2 * 2 * (32 + 16), "A has more numbers here, B rests"
+    assert abs(both.bytes_down - turns.bytes_down) < 16, "but for the rule's name"
+    plain, scaffold = (plan_of(train={"scaffold": value}) for value in (False, True))
+    assert scaffold.bytes_down - plain.bytes_down == pytest.approx(4 * plain.trained_parameters, abs=2)
+    assert scaffold.bytes_up == plain.bytes_up
+
+
+def test_a_cap_of_rounds_a_site_is_what_its_people_pay_for(make_job: Any) -> None:
+    federation = {"sites": 3, "selection": "random", "sites_per_round": 1}
+    jobs = [
+        resolve(make_job(run={"rounds": 6}, federation={**federation, "max_rounds_per_site": most}))
+        for most in (None, 2)
+    ]
+    every, capped = (make_plan(job, locate(job)) for job in jobs)
+    assert (every.steps, capped.steps) == (6 * 2, 2 * 2)
+    assert (len(every.epsilon_by_round), len(capped.epsilon_by_round)) == (6, 2)
+    assert capped.epsilon_by_round[-1] <= 8.0
+    assert capped.noise_multiplier < 0.8 * every.noise_multiplier, "with it, sites need less noise"

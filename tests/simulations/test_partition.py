@@ -8,8 +8,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from cotune.shared.errors import DataError
-from cotune.shared.job import DataSettings
 from cotune.shared.records import Record
+from cotune.shared.sections import DataSettings
 from cotune.simulations.partition import split
 
 

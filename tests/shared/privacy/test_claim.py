@@ -188,11 +188,13 @@ def test_a_change_of_any_field_changes_the_id() -> None:
 
 def test_the_mechanism_says_which_matrices_were_trained() -> None:
     said = []
-    for freeze in (True, False):
-        job = make_job(lora={"freeze_a": freeze}, privacy=QUIET)
+    for rule in ("ffa", "fedavg_ab", "alternating_steps", "fed_sb"):
+        job = make_job(aggregation={"rule": rule}, privacy=QUIET)
         said.append(build_claim(job, {"site-1": entries(job, 2)}, SUBJECT)["mechanism"]["name"])
     assert "A public and frozen" in said[0]
     assert said[1].endswith("A and B")
+    assert said[2].endswith("A and B, in turn each step")
+    assert said[3].endswith("the core between public, frozen A and B")
 
 
 # Persons, heads, sites and a cap
