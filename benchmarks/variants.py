@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cotune.client.data import SiteExamples
 from cotune.client.randomness import secure_stream
-from cotune.client.training import Trainer
+from cotune.client.training import Start, Trainer
 from cotune.shared.examples import Example
 from cotune.shared.features import Features
 from cotune.shared.job import Job
@@ -100,7 +100,8 @@ class Case:
         settings = {
             "schema": 1,
             "model": {"base": "random", "dtype": model.dtype},
-            "lora": {"r": 8, "target_modules": model.targets, "freeze_a": False},
+            "lora": {"r": 8, "target_modules": model.targets},
+            "aggregation": {"rule": "fedavg_ab"},
             "data": {"train": "random.jsonl", "records_per_site": batch},
             "train": {"batch_size": batch, "microbatch": batch, "local_steps": 1, "learning_rate": LEARNING_RATE},
             "privacy": {"clipping_norm": clipping_norm, "noise_multiplier": NOISE_MULTIPLIER},
@@ -147,9 +148,10 @@ def cotune(case: Case, clipping_norm: float) -> Variant:
     data = SiteExamples(examples, np.arange(case.batch), case.batch)
     trainer, features = Trainer(network, job, ""), Features(network, examples)
     mechanism, stream = mechanism_of(job), secure_stream()
+    start = Start(1, read(network.adapted))
 
     def step() -> None:
-        trainer.train_round(1, data, features, mechanism, stream, lambda _: None)
+        trainer.train_round(start, data, features, mechanism, stream, lambda _: None)
 
     return Variant(network.adapted, step)
 

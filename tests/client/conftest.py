@@ -14,14 +14,14 @@ import pytest
 from cotune.client.guard import Guard
 from cotune.client.home import SiteHome
 from cotune.client.policy import POLICY_FILE, Policy
-from cotune.shared.adapter import flat_sha256
+from cotune.shared.codec import encode
 from cotune.shared.errors import CotuneError
 from cotune.shared.job import Job
 from cotune.shared.jobfile import parse_job, validate
 from cotune.shared.plan import RoundPlan, cotune_version
 from cotune.shared.privacy.event import Event
 from cotune.shared.privacy.mechanism import mechanism_of
-from cotune.shared.update import AdapterUpdate, UpdateHeader
+from cotune.shared.update import AdapterUpdate, UpdateHeader, payload_sha256
 
 MODEL = "ab" * 32
 Sections = dict[str, Any]
@@ -109,6 +109,7 @@ class Desk:
         facts = {
             "run_id": "run-1", "cotune": cotune_version(), "job": job, "site": "st-mary", "round": number,
             "base_sha256": "0" * 64, "frozen_sha256": "1" * 64, "clipping_norm": job.privacy.clipping_norm,
+            "rank": job.rank_of("st-mary"),
         }  # fmt: skip
         return RoundPlan(**{**facts, **changes})
 
@@ -117,18 +118,19 @@ class Desk:
         return mechanism_of(job).event(job.train.local_steps)
 
     def update(self, guard: Guard, plan: RoundPlan, fill: float = 0.5) -> AdapterUpdate:
-        """An update as a site makes it."""
-        delta = np.full(5, fill, dtype=np.float32)
+        """An update as a site makes it, of five numbers."""
+        payload = encode(np.full(5, fill, dtype=np.float32), "fp32", 0)
         header = UpdateHeader(
             site=plan.site,
+            run_id=plan.run_id,
             round=plan.round,
             job_sha256=plan.job.sha256(),
             base_sha256=plan.base_sha256,
-            update_sha256=flat_sha256(delta),
+            update_sha256=payload_sha256(payload),
             event=self.event(plan.job).to_dict(),
             head=guard.home.ledger.head,
         )
-        return AdapterUpdate(header, delta)
+        return AdapterUpdate(header, payload)
 
     def reserve(self, guard: Guard, plan: RoundPlan) -> None:
         """A round up to its charge."""
@@ -137,7 +139,7 @@ class Desk:
     def take(self, guard: Guard, plan: RoundPlan, fill: float = 0.5) -> AdapterUpdate:
         """One whole round, as `Site.train` takes it."""
         self.reserve(guard, plan)
-        return guard.release(plan, self.update(guard, plan, fill))
+        return guard.release(plan, self.update(guard, plan, fill), {})
 
     def refused(self, call: Callable[..., object], *arguments: Any) -> CotuneError:
         """The error a call ends with."""

@@ -20,6 +20,7 @@ from cotune.shared.records import read_records
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BERT = ("query", "key", "value", "dense")
 CLASSIFY: dict[str, Any] = {"kind": "classify", "labels": ["cardio", "derma", "pulmo"]}
+BOTH = {"rule": "fedavg_ab"}  # A and B are trained
 WAYS = ("B, lower layers kept", "A and B, lower layers kept", "seven projections", "encoder")
 OWNERS = (0, 2, 0, 1, 2, 0, 2)  # seven examples of three persons
 TEXTS = (
@@ -39,12 +40,12 @@ def job_of(way: str, make_job: Any, tiny_encoder: Path) -> Job:
         case "B, lower layers kept":
             return make_job()
         case "A and B, lower layers kept":
-            return make_job(lora={"freeze_a": False})
+            return make_job(aggregation=BOTH)
         case "seven projections":
-            return make_job(lora={"freeze_a": False, "last_layers": "all", "target_modules": LLAMA})
+            return make_job(aggregation=BOTH, lora={"last_layers": "all", "target_modules": LLAMA})
         case _:
-            lora = {"freeze_a": False, "target_modules": BERT}
-            return make_job(model={"base": str(tiny_encoder)}, task=CLASSIFY, lora=lora)
+            lora = {"target_modules": BERT}
+            return make_job(model={"base": str(tiny_encoder)}, task=CLASSIFY, aggregation=BOTH, lora=lora)
 
 
 def network_of(job: Job, scale: float = 0.1) -> Network:

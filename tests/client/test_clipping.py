@@ -262,9 +262,9 @@ def test_sums_add_up_from_zero() -> None:
 @pytest.fixture(params=["completion", "classify"])
 def job(request: pytest.FixtureRequest, make_job: Any, tiny_encoder: Path) -> Job:
     if request.param == "completion":
-        return make_job(lora={"freeze_a": False})
-    lora = {"freeze_a": False, "target_modules": BERT}
-    return make_job(model={"base": str(tiny_encoder)}, task=CLASSIFY, lora=lora)
+        return make_job(aggregation={"rule": "fedavg_ab"})
+    lora, both = {"target_modules": BERT}, {"rule": "fedavg_ab"}
+    return make_job(model={"base": str(tiny_encoder)}, task=CLASSIFY, lora=lora, aggregation=both)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

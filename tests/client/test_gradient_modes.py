@@ -35,7 +35,7 @@ def job(request: pytest.FixtureRequest, make_job: Any, tiny_encoder: Path) -> Jo
 @pytest.fixture
 def seven(make_job: Any) -> Job:
     """All projections of the two top layers."""
-    return make_job(lora={"freeze_a": False, "target_modules": oracles.LLAMA})
+    return make_job(aggregation=oracles.BOTH, lora={"target_modules": oracles.LLAMA})
 
 
 def test_a_base_in_bfloat16_gives_gradients_and_an_adapter_in_float32(seven: Job, tmp_path: Path) -> None:

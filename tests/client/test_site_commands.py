@@ -355,7 +355,7 @@ def test_every_listing_of_a_simulated_site_says_so(
     assert "SIMULATED" in out
     assert data_of(told(command, "--json")[1])["simulated"] is True
     if command == "budget":
-        assert "spent without bound of 8" in out
+        assert "spent without bound of 32" in out
     if command == "jobs":
         assert "(NOT PRIVATE)" in out
 

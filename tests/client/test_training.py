@@ -23,7 +23,7 @@ from tests.client.rounds import (
 
 from cotune.client.randomness import secure_stream
 from cotune.client.sampling import draw_batch
-from cotune.client.training import Trainer, learning_rate
+from cotune.client.training import Start, Trainer
 from cotune.shared.adapter import Vector
 from cotune.shared.features import Features
 from cotune.shared.job import Job
@@ -31,6 +31,7 @@ from cotune.shared.methods import layout_of, quiet_peft, read, save, trainable
 from cotune.shared.model import load_model, locate
 from cotune.shared.network import Network
 from cotune.shared.privacy.mechanism import mechanism_of
+from cotune.shared.schedule import learning_rate
 
 
 @pytest.fixture(autouse=True)
@@ -80,11 +81,11 @@ def assert_equal(got: dict[str, Vector], wanted: dict[str, Vector], atol: float 
     ],
     ids=str,
 )
-@pytest.mark.parametrize("freeze", [True, False], ids=["B", "A and B"])
+@pytest.mark.parametrize("rule", ["ffa", "fedavg_ab"], ids=["B", "A and B"])
 def test_without_privacy_a_round_is_plain_training_on_the_mean_over_the_expected_batch(
-    make_job: Any, settings: dict[str, Any], freeze: bool
+    make_job: Any, settings: dict[str, Any], rule: str
 ) -> None:
-    job = make_job(privacy=OPEN, train={"local_steps": 3, **settings}, lora={"freeze_a": freeze})
+    job = make_job(privacy=OPEN, train={"local_steps": 3, **settings}, aggregation={"rule": rule})
     got = train(trainer_of(job), job)
     assert_equal(got, by_plain_autograd(job), atol=1e-4 if job.train.optimizer == "adamw" else 2e-6)
     assert any(value.any() for name, value in got.items() if ".lora_B." in name)
@@ -147,9 +148,8 @@ def test_every_step_draws_a_fresh_batch_and_fresh_noise(make_job: Any) -> None:
 def test_progress_counts_the_steps_from_one(make_job: Any) -> None:
     job = make_job(privacy=PRIVATE, train={"local_steps": 3})
     trainer, steps, data = trainer_of(job), [], by_record(examples_of(job))
-    trainer.train_round(
-        1, data, Features(trainer.network, data.examples), mechanism_of(job), secure_stream(), steps.append
-    )
+    begin, features = Start(1, read(trainer.network.adapted)), Features(trainer.network, data.examples)
+    trainer.train_round(begin, data, features, mechanism_of(job), secure_stream(), steps.append)
     assert steps == [1, 2, 3]
 
 
@@ -184,15 +184,14 @@ def test_the_optimiser_starts_anew_each_round(make_job: Any) -> None:
     assert_equal(train(trainer, job, number=2, mechanism=nobody(job)), after_one, atol=0)
 
 
-def test_a_record_that_overflows_never_spreads(make_job: Any, tmp_path: Path) -> None:
+def test_a_record_that_overflows_never_spreads(make_job: Any) -> None:
     job = make_job(privacy=OPEN, train={"local_steps": 3})
     trainer, examples, source = trainer_of(job), examples_of(job), stream()
     spoilt = int(draw_batch(mechanism_of(job), 30, source)[0])
-    Features(trainer.network, examples, tmp_path / "kept").of(range(30))
-    values = np.lib.format.open_memmap(next((tmp_path / "kept").glob("*/features.npy")), mode="r+")
-    start = sum(len(e.ids) for e in examples[:spoilt])
-    values[start : start + len(examples[spoilt].ids)] = np.nan
-    got = train(trainer, job, features=Features(trainer.network, examples, tmp_path / "kept"))
+    features = Features(trainer.network, examples)
+    for kept in features.of([spoilt]) or []:
+        kept[:] = np.nan
+    got = train(trainer, job, features=features)
     assert all(np.isfinite(value).all() for value in got.values())
     assert_equal(got, by_plain_autograd(job, left_out={spoilt}))
 

@@ -11,6 +11,7 @@ import torch
 from tests.client.rounds import (
     OPEN,
     PRIVATE,
+    by_person,
     by_record,
     examples_of,
     network_of,
@@ -22,11 +23,11 @@ from tests.client.rounds import (
 
 from cotune.client.clipping import ClippedSum
 from cotune.client.data import SiteExamples, prepare
+from cotune.client.leaves import Leaves
 from cotune.client.noise import draw_noise, privatise
 from cotune.client.sampling import draw_batch
-from cotune.client.training import RoundResult, Trainer
+from cotune.client.training import RoundResult, Start, Trainer
 from cotune.shared.adapter import Vector
-from cotune.shared.examples import Example
 from cotune.shared.features import Features
 from cotune.shared.job import Job
 from cotune.shared.methods import attach, read, trainable
@@ -40,13 +41,6 @@ from cotune.shared.records import Record
 def _one_thread() -> None:
     """Small matrices: threads would only wait for each other."""
     torch.set_num_threads(1)
-
-
-OWNERS = np.array([0] * 8 + [1] * 1 + [2] * 5 + [3] * 11 + [4] * 2 + [5] * 3)  # of thirty records
-
-
-def by_person(examples: list[Example]) -> SiteExamples:
-    return SiteExamples(examples, OWNERS, 6)
 
 
 def clipped_by_hand(job: Job, data: SiteExamples, units: list[int], norm: float) -> dict[str, Vector]:
@@ -100,13 +94,16 @@ SIDES = {"noise_multiplier": 0.5, "delta": 1e-3, "clipping": "adaptive", "metric
 def result_of(job: Job, data: SiteExamples, mechanism: Mechanism, number: int = 1) -> RoundResult:
     trainer = trainer_of(job)
     features = Features(trainer.network, data.examples)
-    return trainer.train_round(number, data, features, mechanism, stream(), lambda _step: None)
+    begin = Start(number, read(trainer.network.adapted))
+    return trainer.train_round(begin, data, features, mechanism, stream(), lambda _step: None)
 
 
 def test_without_being_asked_for_nothing_else_leaves(make_job: Any) -> None:
     for privacy in (PRIVATE, OPEN, {**OPEN, "clipping": "adaptive", "metrics": "noised"}):
         job = make_job(privacy=privacy)
-        assert result_of(job, by_record(examples_of(job)), mechanism_of(job)) == RoundResult(None, None)
+        result = result_of(job, by_record(examples_of(job)), mechanism_of(job))
+        assert {name for name, value in vars(result).items() if value is not None} == {"arrays"}
+        assert tuple(result.arrays) == trainer_of(job).layout.trained
 
 
 def test_the_released_loss_is_the_mean_over_the_steps_and_the_noise_it_has_is_the_streams(make_job: Any) -> None:
@@ -153,7 +150,8 @@ def test_a_norm_that_has_moved_is_the_norm_of_the_next_step(make_job: Any) -> No
         norm *= np.exp(-job.privacy.clipping_rate * ((released.below or 0.0) - job.privacy.clipping_quantile))
     data = by_record(examples_of(job))
     features = Features(trainer.network, data.examples)
-    result = trainer.train_round(1, data, features, mechanism, stream(), lambda _step: None)
+    begin = Start(1, read(trainer.network.adapted))
+    result = trainer.train_round(begin, data, features, mechanism, stream(), lambda _step: None)
     assert result.clipping_norm == pytest.approx(norm)
     assert norm != mechanism.clipping_norm
     np.testing.assert_allclose(trainer.layout.flatten(read(trainer.network.adapted)), moved, rtol=1e-4, atol=1e-6)
@@ -220,8 +218,9 @@ def test_what_one_unit_adds_does_not_depend_on_who_else_is_in_the_batch(make_job
 
         def sums(units: list[int], trainer: Trainer = trainer, data: SiteExamples = data, job: Job = job) -> Any:
             features = Features(trainer.network, data.examples)
-            mechanism = mechanism_of(job)
-            return trainer._sum(np.array(units), data, features, mechanism).gradient  # pyright: ignore[reportPrivateUsage]
+            leaves = Leaves(trainer.network.adapted, trainer.layout, {})
+            given = data, features, mechanism_of(job), leaves, trainer.layout
+            return trainer._sum(np.array(units), *given).gradient  # pyright: ignore[reportPrivateUsage]
 
         alone = np.array([sums([unit]) for unit in range(data.units)])
         together = sums(list(range(data.units)))

@@ -29,6 +29,7 @@ from cotune.client.training import Trainer
 from cotune.client.updates import Updates
 from cotune.shared.adapter import fingerprint, flat_sha256
 from cotune.shared.chain import SignedHead, read_torn_chain
+from cotune.shared.codec import encode
 from cotune.shared.errors import RefusedError
 from cotune.shared.job import Job
 from cotune.shared.jobfile import parse_job
@@ -39,6 +40,7 @@ from cotune.shared.plan import RoundPlan, cotune_version
 from cotune.shared.privacy.accounting import epsilon
 from cotune.shared.privacy.mechanism import mechanism_of
 from cotune.shared.records import read_records
+from cotune.shared.update import payload_sha256
 
 NAME = "site-1"
 ROUNDS = 4  # about as many as a process gets done before it is killed, at most
@@ -94,6 +96,7 @@ class Victim:
         self.trainer = Trainer(Network(attach(load_model(base, job), job), job), job, base.sha256)
         self.data = prepare(read_records(Path(str(job.data.train))), load_tokenizer(base), job)
         self.adapter = np.zeros(self.trainer.layout.size, dtype=np.float32)
+        self.payload = encode(self.adapter, "fp32", 0)
         SiteHome.simulated(self.home, NAME, job, base.sha256)
         self.sent.touch()
         epsilon([mechanism_of(job).event(1)], 1e-3)  # imports what forks would each import anew
@@ -113,8 +116,9 @@ class Victim:
         number, heads = (got[-1]["round"] + 1, (SignedHead(**got[-1]["head"]),)) if got else (1, ())
         while True:
             try:
-                update = site.train(self.plan(number, heads), self.adapter, self.trainer, lambda _step: None)
-                line = {"round": number, "sha256": flat_sha256(update.delta), "head": update.header.head.model_dump()}
+                update = site.train(self.plan(number, heads), self.payload, self.trainer, lambda _step: None)
+                sha256 = payload_sha256(update.payload)
+                line = {"round": number, "sha256": sha256, "head": update.header.head.model_dump()}
                 with self.sent.open("a") as file:
                     file.write(json.dumps(line) + "\n")
                 heads = (update.header.head,)
@@ -127,7 +131,7 @@ class Victim:
         """What is asked for in a round; the adapter stays where it is."""
         return RoundPlan(
             run_id="run-1", cotune=cotune_version(), job=self.job, site=NAME, round=number, heads=heads,
-            base_sha256=flat_sha256(self.adapter), clipping_norm=self.job.privacy.clipping_norm,
+            base_sha256=flat_sha256(self.adapter), rank=self.job.lora.r, clipping_norm=self.job.privacy.clipping_norm,
             frozen_sha256=fingerprint(initial_values(self.trainer.layout, self.job.run.seed)),
         )  # fmt: skip
 

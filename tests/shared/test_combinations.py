@@ -118,12 +118,12 @@ FAULTS = {
     ),
     "rank of a stranger": Fault(
         {"data": NAMED, "lora": {"ranks": {"north": 4, "west": 4}}},
-        "lora.ranks names west, which data.sites does not",
+        "lora.ranks names west; the sites are north, south",
         {"lora": {"ranks": {"north": 4}}},
     ),
     "weight of a stranger": Fault(
         {"data": NAMED, "aggregation": {"weights": {"west": 2.0}}},
-        "aggregation.weights names west, which data.sites does not",
+        "aggregation.weights names west; the sites are north, south",
         aggregation(weights={"south": 2.0}),
     ),
     "secure sums for a robust rule": Fault(
@@ -268,7 +268,7 @@ FAULTS = {
     ),
     "feedback to other tensors": Fault(
         merged({"transport": {"error_feedback": True, "codec_up": "int8"}}, aggregation(rule="alternating_rounds")),
-        'transport.error_feedback needs the same tensors each round, not aggregation.rule = "alternating_rounds"',
+        'transport.error_feedback needs tensors that mean the same each round, not aggregation.rule = "alternating_rounds"',
         aggregation(rule="alternating_steps"),
     ),
 }

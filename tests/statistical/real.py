@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from cotune.client.data import SiteExamples, prepare
-from cotune.client.training import Trainer
+from cotune.client.training import Start, Trainer
 from cotune.shared.job import Job
-from cotune.shared.methods import attach, trainable
+from cotune.shared.methods import attach, read, trainable
 from cotune.shared.model import load_model, load_tokenizer, locate
 from cotune.shared.network import Network
 from cotune.shared.records import read_records
@@ -21,6 +21,11 @@ from cotune.shared.records import read_records
 def trainer_of(job: Job) -> Trainer:
     """A trainer of the job's own model, its adapter at the public initial values."""
     return Trainer(Network(attach(load_model(locate(job), job), job), job), job, "0" * 64)
+
+
+def here(trainer: Trainer, number: int = 1) -> Start:
+    """A round that starts where the trainer's adapter is."""
+    return Start(number, read(trainer.network.adapted))
 
 
 def data_of(job: Job) -> SiteExamples:

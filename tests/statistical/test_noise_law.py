@@ -13,13 +13,13 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 from tests.statistical.faults import FAULTS
-from tests.statistical.real import adapter_of, data_of, trainer_of
+from tests.statistical.real import adapter_of, data_of, here, trainer_of
 from tests.statistical.steps import Parts, World, nobody, planted, step, zeros
 from tests.statistical.verdict import judge, must_fail
 
 from cotune.client.data import SiteExamples
 from cotune.client.randomness import secure_stream
-from cotune.client.training import Trainer
+from cotune.client.training import Start, Trainer
 from cotune.shared.features import Features
 from cotune.shared.job import Job
 from cotune.shared.privacy.event import NonPrivateEvent
@@ -164,7 +164,7 @@ def drawn_by_training(
             features = Features(trainer.network, data.examples)
             with planted(exchanged):
                 trainer.train_round(
-                    number,
+                    here(trainer, number),
                     data,
                     features,
                     mechanism,
@@ -218,17 +218,17 @@ def test_a_round_taken_twice_for_one_charge_is_noticed(
     trainer, job = empty_site
     once = Trainer.train_round
 
-    def twice(self: Trainer, number: int, *given: Any) -> object:
+    def twice(self: Trainer, start: Start, *given: Any) -> object:
         *others, progress = given
-        once(self, number, *others, lambda _step: None)
-        return once(self, number, *others, progress)
+        once(self, start, *others, lambda _step: None)
+        return once(self, here(self, start.round), *others, progress)
 
     def moved() -> None:
         mechanism, adapter, rounds = mechanism_of(job), adapter_of(trainer), []
         for number in range(1, 9):
             before = adapter.read()
             features = Features(trainer.network, [])
-            trainer.train_round(number, EMPTY, features, mechanism, secure_stream(), lambda _step: None)
+            trainer.train_round(here(trainer, number), EMPTY, features, mechanism, secure_stream(), lambda _step: None)
             rounds.append((before - adapter.read()) * mechanism.expected_batch_size)
         scale = accounted_deviation(mechanism) * math.sqrt(job.train.local_steps)
         check_noise("whole rounds", Drawn(np.array(rounds) / scale))
@@ -255,7 +255,7 @@ def test_noise_is_added_once_however_many_microbatches_there_are(unit_job: Calla
     def move(mechanism: Mechanism) -> Numbers:
         adapter.write(start)
         features = Features(trainer.network, data.examples)
-        trainer.train_round(1, data, features, mechanism, secure_stream(), lambda _step: None)
+        trainer.train_round(here(trainer), data, features, mechanism, secure_stream(), lambda _step: None)
         return (start - adapter.read()) / job.train.learning_rate * mechanism.expected_batch_size
 
     def check() -> None:
@@ -284,8 +284,9 @@ def test_the_noise_of_the_released_loss_and_of_the_moving_norm_is_accounted_too(
         for _ in range(40):
             before = adapter.read()
             with planted(parts):
+                features = Features(trainer.network, [])
                 result = trainer.train_round(
-                    1, EMPTY, Features(trainer.network, []), mechanism, secure_stream(), lambda _step: None
+                    here(trainer), EMPTY, features, mechanism, secure_stream(), lambda _step: None
                 )
             moves.append(before - adapter.read())
             assert result.clipping_norm is not None and result.loss is not None

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from tests.statistical.faults import FAULTS
-from tests.statistical.real import adapter_of, data_of, trainer_of
+from tests.statistical.real import adapter_of, data_of, here, trainer_of
 from tests.statistical.steps import Parts, World, planted
 from tests.statistical.verdict import must_fail
 
@@ -162,7 +162,7 @@ def sums_of_a_round(trainer: Trainer, job: Job, data: SiteExamples, persons: lis
         np.multiply(values, np.nan if persons[owner] == BROKEN else 1.0, out=values)
     adapter.write(start)
     begun = adapter.read()
-    result = trainer.train_round(1, some, features, mechanism_of(job), secure_stream(), lambda _step: None)
+    result = trainer.train_round(here(trainer), some, features, mechanism_of(job), secure_stream(), lambda _step: None)
     gradient = (begun - adapter.read()) / job.train.learning_rate * BATCH
     below, loss = 0.0, 0.0
     if result.clipping_norm is not None and result.loss is not None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from tests.statistical.real import adapter_of, data_of, trainer_of
+from tests.statistical.real import adapter_of, data_of, here, trainer_of
 from tests.statistical.steps import Parts, planted, step, zeros
 from tests.statistical.verdict import ALPHA
 
@@ -33,19 +33,22 @@ from cotune.client.randomness import secure_stream
 from cotune.client.sampling import draw_batch
 from cotune.client.site import Site
 from cotune.client.training import RoundResult, Trainer
-from cotune.server.aggregation.mean import Mean
+from cotune.server.aggregation.updates import weighted_mean
 from cotune.server.checkpoint import Progress, save_checkpoint
-from cotune.shared.adapter import fingerprint, flat_sha256
+from cotune.server.spool import Spool
+from cotune.shared.adapter import Layout, fingerprint, flat_sha256
+from cotune.shared.codec import decode, encode
 from cotune.shared.errors import DataError, ModelError
 from cotune.shared.features import Features
 from cotune.shared.job import Job
+from cotune.shared.jobfile import dump_toml
 from cotune.shared.methods import initial_values, read
 from cotune.shared.model import load_tokenizer, locate
 from cotune.shared.plan import RoundPlan
 from cotune.shared.privacy.accounting import epsilon
 from cotune.shared.privacy.mechanism import Mechanism, mechanism_of
 from cotune.shared.records import read_records
-from cotune.shared.runs import RunFolder
+from cotune.shared.runs import create_run
 from cotune.shared.update import AdapterUpdate
 
 NOBODY = SiteExamples([], np.zeros(0, dtype=np.intp), 0)
@@ -62,7 +65,9 @@ def train(trainer: Trainer, data: SiteExamples, mechanism: Mechanism, seen: list
     """A round of the real trainer; `seen` takes the adapter after each step."""
     adapter, kept = adapter_of(trainer), [] if seen is None else seen
     features = Features(trainer.network, data.examples)
-    return trainer.train_round(1, data, features, mechanism, secure_stream(), lambda _: kept.append(adapter.read()))
+    return trainer.train_round(
+        here(trainer), data, features, mechanism, secure_stream(), lambda _: kept.append(adapter.read())
+    )
 
 
 class Home:
@@ -87,10 +92,11 @@ class Home:
             site=self.site.name,
             round=number,
             base_sha256=flat_sha256(adapter),
+            rank=self.job.lora.r,
             frozen_sha256=fingerprint(initial_values(self.trainer.layout, self.job.run.seed)),
             clipping_norm=self.job.privacy.clipping_norm,
         )
-        return self.site.train(plan, adapter, self.trainer, lambda _step: None)
+        return self.site.train(plan, encode(adapter, "fp32", 0), self.trainer, lambda _step: None)
 
 
 def correlation(first: Any, second: Any) -> float:
@@ -158,7 +164,7 @@ def test_pitfall_05_a_record_that_overflows_counts_as_zero_and_spoils_nothing(un
     features = Features(trainer.network, data.examples)
     for values in features.of(data.rows(2)[:1].tolist()) or []:
         values[:] = np.inf
-    trainer.train_round(1, data, features, mechanism_of(job), secure_stream(), lambda _step: None)
+    trainer.train_round(here(trainer), data, features, mechanism_of(job), secure_stream(), lambda _step: None)
     assert np.isfinite(adapter_of(trainer).read()).all()
 
 
@@ -196,7 +202,8 @@ def test_pitfall_08_no_seed_of_anybodys_makes_two_sites_or_rounds_alike(unit_job
     for site, run_id, number in (("site-1", "a", 1), ("site-1", "b", 1), ("site-1", "a", 2), ("site-2", "a", 1)):
         np.random.seed(5)
         torch.manual_seed(5)
-        updates.append(Home(quiet, tmp_path, site).answer(run_id, number).delta)
+        update = Home(quiet, tmp_path, site).answer(run_id, number)
+        updates.append(decode(update.payload, "fp32", update.payload.size // 4))
     assert all(correlation(one, two) > ALPHA for i, one in enumerate(updates) for two in updates[:i])
 
 
@@ -257,7 +264,9 @@ def test_pitfall_11_nothing_that_was_measured_leaves_unless_it_was_noised_and_ac
     unit_job: MakeJob, tmp_path: Path
 ) -> None:
     header = Home(unit_job(ROWS_OF), tmp_path).answer().header
-    public = {"site", "round", "job_sha256", "base_sha256", "update_sha256", "event", "head", "witnessed"}
+    plan = {"site", "run_id", "round", "job_sha256", "base_sha256", "event"}
+    ledger = {"charges", "head", "witnessed"}
+    public = plan | ledger | {"update_sha256", "signature"}
     assert {name for name, value in header.model_dump().items() if value is not None} <= public
     asked = unit_job(ROWS_OF, privacy={"metrics": "noised", "clipping": "adaptive"})
     header = Home(asked, tmp_path / "asked").answer().header
@@ -272,12 +281,13 @@ def test_pitfall_12_an_average_needs_no_count_and_no_site_sends_one(unit_job: Ma
     headers = [Home(job, tmp_path / str(i)).answer().header.model_dump() for i, job in enumerate((large, small))]
     for header in headers:
         header["head"] = header["head"]["seq"]
-        del header["job_sha256"], header["update_sha256"]
+        del header["job_sha256"], header["update_sha256"], header["signature"]
     assert headers[0] == headers[1]
-    mean = Mean()
-    for site, value in (("large", 3.0), ("small", 1.0)):
-        mean.add(site, np.full(4, value, dtype=np.float32))
-    assert mean.result().tolist() == [2.0] * 4
+    layout = Layout({"t": (4,)}, ("t",))
+    with Spool(tmp_path / "spool", {2: layout}, {2: {"t": np.zeros(4, dtype=np.float32)}}, {}) as updates:
+        for site, value in (("large", 3.0), ("small", 1.0)):
+            updates.add(site, 2, np.full(4, value, dtype=np.float32))
+        assert weighted_mean(updates, "t").tolist() == [2.0] * 4
 
 
 @pytest.mark.parametrize("units", [0, 7, 40])
@@ -336,13 +346,12 @@ def test_pitfall_18_a_checkpoint_holds_the_adapter_and_no_state_of_optimiser_or_
 
     trainer = trainer_of(job)
     train(trainer, data_of(job), mechanism_of(job))
-    arrays, run = read(trainer.network.adapted), RunFolder(tmp_path / "run")
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    save_checkpoint(run, Progress(1, arrays, 1.0), {"peft_type": "LORA"})
+    arrays, run = read(trainer.network.adapted), create_run(tmp_path, job, dump_toml(job).encode())
+    save_checkpoint(run, Progress(1, arrays, 1.0), arrays, {"peft_type": "LORA", "r": 2, "lora_alpha": 4.0})
     folder = next(run.checkpoints.iterdir())
-    files = {"adapter_config.json", "adapter_model.safetensors", "README.md", "progress.json"}
-    assert {path.name for path in folder.iterdir()} == files
-    assert set(load_file(folder / "adapter_model.safetensors")) == set(trainer.layout.shapes)
+    numbers = {"adapter_model.safetensors", "state.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {*numbers, "adapter_config.json", "README.md", "progress.json"}
+    assert all(set(load_file(folder / name)) == set(trainer.layout.shapes) for name in numbers)
     held = {name for name in vars(trainer) if "optim" in name or "noise" in name or "stream" in name}
     assert held == set()
 

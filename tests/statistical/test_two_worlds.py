@@ -19,7 +19,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 from tests.statistical.faults import FAULTS
-from tests.statistical.real import adapter_of, data_of, trainer_of
+from tests.statistical.real import adapter_of, data_of, here, trainer_of
 from tests.statistical.steps import Parts, World, planted, step
 from tests.statistical.verdict import ALPHA, must_fail
 
@@ -265,7 +265,7 @@ def check_trainer(parts: Parts, trainer: Trainer, job: Job, data: SiteExamples, 
 
     def moved(some: SiteExamples, features: Features, mechanism: Mechanism) -> Numbers:
         adapter.write(start)
-        trainer.train_round(1, some, features, mechanism, secure_stream(), lambda _step: None)
+        trainer.train_round(here(trainer), some, features, mechanism, secure_stream(), lambda _step: None)
         return -adapter.read()
 
     quiet = replace(mechanism, sampling_probability=1.0, noise_multiplier=1e-9)

@@ -134,10 +134,14 @@ def replace_whole(disk: Disk, path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     file = disk.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
-        write_whole(disk, file, content, 0)
-    finally:
-        disk.close(file)
-    disk.rename(temporary, path)
+        try:
+            write_whole(disk, file, content, 0)
+        finally:
+            disk.close(file)
+        disk.rename(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(disk, path.parent)
 
 

@@ -107,7 +107,7 @@ def least_norm(plan: RoundPlan, size: int) -> float:
     lossy = job.transport.codec_up == "topk" or job.transport.error_feedback
     if not plain or lossy or mechanism.adaptive or train.local_steps < needed:  # fewer, and one factor rests all round
         return math.ulp(0.0)
-    rate = min(rates_of(job, plan.round)[-needed:])
+    rate = min(rates_of(job, plan.round))
     deviation = rate * mechanism.noise_standard_deviation / mechanism.expected_batch_size
     # Half of it, because a codec that rounds may take a part away.
     return 0.5 * deviation * math.sqrt(float(chi2.ppf(FALSE_ALARM, size)))

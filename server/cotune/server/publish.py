@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -111,14 +112,15 @@ def _summary(
     run: RunFolder, outcome: Outcome, sites: Sequence[dict[str, Any]], layout: Layout, base: BaseModel, engine: str
 ) -> dict[str, Any]:
     job: Job = run.job()
-    rounds = len({row["round"] for row in run.metrics() if row.get("site")})
+    taken = {(row["site"], row["round"]) for row in run.metrics() if row.get("site")}
+    rounds = Counter(site for site, _ in taken)
     totals = [sum(pair[i] for pair in outcome.traffic.values()) for i in (0, 1)]
     return {
         "schema": 1,
         "run_id": run.run_id,
         "name": job.run.name,
         "engine": engine,
-        "rounds": rounds,
+        "rounds": len({number for _, number in taken}),
         "job_sha256": job.sha256(),
         "non_private": not job.is_private,
         "model": {"base": base.name, "sha256": base.sha256, "dequantised": base.dequantised},
@@ -129,7 +131,7 @@ def _summary(
         },
         "base": _scores(outcome.base),
         "final": _scores(outcome.final),
-        "sites": [_site(site, outcome, rounds) for site in sites],
+        "sites": [_site(site, outcome, rounds[site["id"]]) for site in sites],
         "bytes_up": totals[0],
         "bytes_down": totals[1],
         "seconds": round(outcome.seconds, 1),

@@ -79,9 +79,9 @@ def _sites(job: Job) -> Iterator[str]:
     if job.data.sites_per_unit > job.sites:
         yield f"data.sites_per_unit exceeds the {job.sites} sites there are"
     for where, table in (("lora.ranks", job.lora.ranks), ("aggregation.weights", job.aggregation.weights)):
-        strangers = sorted(table.keys() - known) if known else []
-        if strangers:
-            yield f"{where} names {', '.join(strangers)}, which data.sites does not"
+        strangers = sorted(table.keys() - known)
+        if strangers and known:
+            yield f"{where} names {', '.join(strangers)}; the sites are {', '.join(sorted(known)[:20])}"
 
 
 def _rule(job: Job) -> Iterator[str]:
@@ -144,5 +144,6 @@ def _transport(job: Job) -> Iterator[str]:
         yield "transport.codec_down: topk keeps the largest changes, a whole adapter needs all its numbers; try int8"
     if job.transport.error_feedback and job.transport.codec_up == "fp32":
         yield "transport.error_feedback: nothing is lost by fp32; choose another transport.codec_up"
-    if job.transport.error_feedback and job.rule.alternates == "round":
-        yield 'transport.error_feedback needs the same tensors each round, not aggregation.rule = "alternating_rounds"'
+    if job.transport.error_feedback and (job.rule.alternates == "round" or not job.rule.linear):
+        name = job.aggregation.rule
+        yield f'transport.error_feedback needs tensors that mean the same each round, not aggregation.rule = "{name}"'

@@ -185,7 +185,7 @@ def _wait(run: RunFolder, superlink: subprocess.Popen[bytes], run_id: str, envir
             raise RunFailed("E-FLOWER", "Flower's SuperLink ended", hint=f"see {run.path}/env/flower.log")
         if _was_left(run):  # Flower itself would notice after a minute
             _keep_log(run, run_id, environment)
-            raise RunFailed("E-FLOWER", "the coordinator's process died", hint=f"cotune resume {run.run_id}")
+            raise RunFailed("E-FLOWER", "the process of the coordinator died", hint=f"cotune resume {run.run_id}")
         if time.monotonic() - asked > ASK_FLOWER_S:
             asked = time.monotonic()
             listed = _flwr(["list", CONNECTION, "--run-id", run_id], environment)
