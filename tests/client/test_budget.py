@@ -98,6 +98,6 @@ def test_a_price_within_the_cap_is_exact_and_one_a_little_above_too() -> None:
 )
 def test_an_absurd_event_is_found_out_by_a_few_of_its_steps(event: Event) -> None:
     """The whole distribution of the first would take hours and all memory."""
-    started = time.monotonic()
+    started = time.process_time()
     assert math.isinf(bounded_price(event, 1e-5, cap=8.0))
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10

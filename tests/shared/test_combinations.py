@@ -268,7 +268,8 @@ FAULTS = {
     ),
     "feedback to other tensors": Fault(
         merged({"transport": {"error_feedback": True, "codec_up": "int8"}}, aggregation(rule="alternating_rounds")),
-        'transport.error_feedback needs tensors that mean the same each round, not aggregation.rule = "alternating_rounds"',
+        "transport.error_feedback needs tensors that mean the same each round, not"
+        ' aggregation.rule = "alternating_rounds"',
         aggregation(rule="alternating_steps"),
     ),
 }

@@ -339,7 +339,7 @@ def test_cells_on_the_same_records_compute_the_lower_layers_once(
     for settings, expected in (([], 90 + 30), (["aggregation.rule=fed_sb"], 0), (["run.seed=4"], 0)):
         encoded.clear()
         run = prepare_run(str(job_file), [*whole, *settings], tmp_path / "runs", lambda _line: None)
-        job, kept = run.job(), tmp_path / "kept" / base_key(run.job())
+        job, kept = run.job(), tmp_path / "kept"
         begin(run, kept)
         layout, config = layout_of(job, locate(job))
         Coordinator(run, layout, config, GlobalEvaluator(job, kept)).run(InlineFleet(run))
@@ -348,11 +348,11 @@ def test_cells_on_the_same_records_compute_the_lower_layers_once(
 
 def test_another_base_or_cut_shares_nothing(make_job: Any) -> None:
     keys = [
-        base_key(make_job(**sections))
+        base_key(make_job(**sections), "a")
         for sections in ({}, {"model": {"dtype": "bfloat16"}}, {"lora": {"last_layers": 1}})
     ]
-    assert len(set(keys)) == 3
-    assert base_key(make_job(aggregation={"rule": "fed_sb"}, run={"seed": 9}, privacy={"epsilon": 1.0})) == keys[0]
+    assert len({*keys, base_key(make_job(), "b")}) == 4
+    assert base_key(make_job(aggregation={"rule": "fed_sb"}, run={"seed": 9}, privacy={"epsilon": 1.0}), "a") == keys[0]
 
 
 # --- the whole command, with real runs

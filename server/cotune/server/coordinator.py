@@ -193,7 +193,9 @@ class Coordinator:
         for row in (row for row in self._run.metrics() if row.get("site")):
             given.setdefault(row["site"], set()).add(row["round"])
         requests = [LedgerRequest(run_id=self._run.run_id, site=site) for site in sorted(given)]
+        silent = set(given)
         for site, ledger in fleet.ledgers(requests):
+            silent.discard(site)
             with storage_errors(self._run.ledger(site)):
                 self._run.ledger(site).parent.mkdir(exist_ok=True)
             write_atomic(self._run.ledger(site), ledger)
@@ -208,6 +210,8 @@ class Coordinator:
                 self._spending.settle(site, rounds)
             else:
                 self._run.emit("site", f"{site}: its ledger is not one chain of what it released", "warn", site=site)
+        for site in sorted(silent):
+            self._run.emit("site", f"{site}: its ledger did not come; the run will not verify", "warn", site=site)
 
     def _record_sites(self, number: int, received: Mapping[str, Received]) -> None:
         for site, figures in sorted(received.items()):

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from cotune.server.collecting import MAX_BARREN
 from cotune.server.fleet import CRASHED, Request
 from cotune.shared.errors import TimedOut
 from cotune.shared.plan import LedgerRequest
@@ -47,12 +48,17 @@ class GridFleet:
             yield reply if isinstance(reply, SiteFailure) else _said(answer_from_records(reply, site))
 
     def ledgers(self, requests: Sequence[LedgerRequest]) -> Iterator[tuple[str, bytes]]:
-        """Ask sites for their ledgers; yield those that come."""
-        sent = {request.site: request_to_records(request) for request in requests}
-        for site, reply in self._exchange(sent, MessageType.QUERY):
-            ledger = None if isinstance(reply, SiteFailure) else ledger_from_records(reply)
-            if ledger is not None:
-                yield site, ledger
+        """Ask sites for their ledgers, again while that helps those that crashed; yield those that come."""
+        left, barren = {request.site: request_to_records(request) for request in requests}, 0
+        while left and barren < MAX_BARREN:
+            crashed: dict[str, RecordDict] = {}
+            for site, reply in self._exchange(left, MessageType.QUERY):
+                if isinstance(reply, SiteFailure):
+                    crashed |= {site: left[site]} if reply.code == CRASHED else {}
+                elif (ledger := ledger_from_records(reply)) is not None:
+                    yield site, ledger
+            barren = barren + 1 if len(crashed) == len(left) else 0
+            left = crashed
 
     def _exchange(self, sent: Mapping[str, RecordDict], kind: str) -> Iterator[tuple[str, RecordDict | SiteFailure]]:
         """One message a site; each site's reply as it comes, or why there is none."""

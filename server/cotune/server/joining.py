@@ -110,20 +110,23 @@ class Joiner:
         if settings.robust != "none":
             found = geometry(settings.robust, updates, names, robust)
             joined = combine(settings.robust, updates, names, robust, found)
-        delta = {name: padded(joined(name), state[name].shape).astype(np.float32) for name in names}
         optimiser = OptimiserSettings(settings.optimizer, settings.learning_rate, settings.momentum)
-        added, kept = step(optimiser, delta, memory)
-        arrays = {**state, **{name: state[name] + added[name] for name in names}}
-        if self._job.train.scaffold:
-            share = len(updates.sites) / self._job.sites
-            rate = np.float32(sum(rates_of(self._job, round_number)))
-            for name in names:  # c + share x mean(c_i' - c_i), where c_i' - c_i = -c - delta_i / (sum of rates)
+        share = len(updates.sites) / self._job.sites
+        rate = np.float32(sum(rates_of(self._job, round_number)))
+        arrays = dict(state)
+        for name in names:
+            delta = padded(joined(name), state[name].shape).astype(np.float32)
+            added, memory = step(optimiser, {name: delta}, memory)
+            arrays[name] = state[name] + added[name]
+            if self._job.train.scaffold:
+                # c + share x mean(c_i' - c_i), where c_i' - c_i = -c - delta_i / (sum of rates)
                 control = state[name + CONTROL]
-                arrays[name + CONTROL] = control + np.float32(share) * (-control - delta[name] / rate)
+                moved = control + np.float32(share) * (-control - delta / rate)
+                arrays[name + CONTROL] = moved.astype(np.float32)
         mixed = bool(self._job.lora.ranks)
         influence = None if mixed else measured_influence(settings.robust, updates, names, robust, found)
         bound = influence_bound(settings.robust, robust, updates.weights, settings.max_update_norm)
-        return arrays, {**memory, **kept}, influence, bound
+        return arrays, memory, influence, bound
 
     def _trusted(self, state: Mapping[str, Vector], round_number: int) -> Mapping[str, Vector] | None:
         return self._root(state, round_number) if self._root and self._job.aggregation.robust == "fltrust" else None

@@ -64,8 +64,9 @@ def norms_of_sums(terms: Iterable[Term], more: Term) -> tuple[float, float]:
         whole = left + b.T @ a
     else:
         rank = len(right)
-        left = _reflected(np.vstack([left, b]))[1]
-        right = _reflected(np.vstack([right, a]))[1]
+        _append(left, b)
+        _append(right, a)
+        left, right = _reflected(left)[1], _reflected(right)[1]
         whole, left = left @ right.T, left[:, :rank] @ right[:, :rank].T
     return _norm(left, floor), _norm(whole, floor + _rounding(b, a))
 
@@ -93,24 +94,26 @@ def _norm(array: Matrix, floor: float) -> float:
 
 def _gathered(terms: Iterable[Term]) -> tuple[Matrix, Matrix | None, float]:
     """The stacked factors by rows, (m, out) and (m, in), or the dense sum (out, in) and None; the level of rounding."""
-    left: list[Matrix] = []
-    right: list[Matrix] = []
+    left, right = np.empty((0, 0)), np.empty((0, 0))
     dense: Matrix | None = None
     rank, floor = 0, 0.0
     for b, a in map(_factors, terms):
-        left.append(b)
-        right.append(a)
+        _append(left, b)
+        _append(right, a)
         floor += _rounding(b, a)
         rank += len(a)
         if rank > min(b.shape[1], a.shape[1]):
-            more = np.vstack(left).T @ np.vstack(right)
+            more = left.T @ right
             dense = more if dense is None else dense + more
-            left, right = [], []
-    if dense is not None:
-        return dense, None, floor
-    stacked = np.vstack(left)
-    left.clear()  # before the other side is stacked
-    return stacked, np.vstack(right), floor
+            left, right = np.empty((0, 0)), np.empty((0, 0))
+    return (left, right, floor) if dense is None else (dense, None, floor)
+
+
+def _append(stack: Matrix, rows: Matrix) -> None:
+    """Put rows at the end of a stack of which there is no view; a list of parts would be held beside their stack."""
+    start = len(stack)
+    stack.resize((start + len(rows), rows.shape[1]), refcheck=False)
+    stack[start:] = rows
 
 
 def _components(terms: Iterable[Term], rank: int | None) -> tuple[Matrix, Matrix, Matrix]:

@@ -107,11 +107,14 @@ def best_values(tuning: Sequence[Cell], lines: Mapping[str, Line]) -> dict[RowKe
     return {row: min(found, key=lambda value: found[value]) for row, found in losses.items()}
 
 
-def base_key(job: Job) -> str:
-    """What the output of a base's frozen lower layers depends on, beside the tokens, in 16 hexadecimal digits."""
-    from cotune.shared.model import locate
+def base_key(job: Job, sha256: str) -> str:
+    """What the output of a base's frozen lower layers depends on, beside the tokens, in 16 hexadecimal digits.
 
-    parts = [locate(job).sha256, job.model.dtype, job.model.quantize, job.task.kind, job.lora.last_layers]
+    Args:
+        job: The run's.
+        sha256: Of its base's weights.
+    """
+    parts = [sha256, job.model.dtype, job.model.quantize, job.task.kind, job.lora.last_layers]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -153,7 +156,7 @@ class _Running:
         """Run cells, the last of so many; returns those that failed, but for those that only tune."""
         started, waiting = time.monotonic(), {ready.cell.name: ready for ready in cells}
         failed: list[tuple[str, CotuneError]] = []
-        tasks = [Task(name, ready.run.path, self.kept / base_key(ready.run.job())) for name, ready in waiting.items()]
+        tasks = self._tasks(cells)
         with closing(run_tasks(tasks, self.processes, self.comparison.path / "processes.log")) as outcomes:
             for number, (name, seconds, error) in enumerate(outcomes, 1):
                 ready = waiting.pop(name)
@@ -163,6 +166,15 @@ class _Running:
                 left = (time.monotonic() - started) / number * len(waiting)
                 self.watch.finished(line, total - len(waiting), total, left)
         return failed
+
+    def _tasks(self, cells: Sequence[_Ready]) -> list[Task]:
+        from cotune.shared.model import locate
+
+        jobs = {ready.cell.name: ready.run.job() for ready in cells}
+        # Hashing a base takes seconds, and there are few of them.
+        weights = {model: locate(job).sha256 for model, job in {job.model: job for job in jobs.values()}.items()}
+        keys = {name: base_key(job, weights[job.model]) for name, job in jobs.items()}
+        return [Task(ready.cell.name, ready.run.path, self.kept / keys[ready.cell.name]) for ready in cells]
 
     def _note(self, ready: _Ready, seconds: float, error: CotuneError | None) -> Line:
         """Write down what a cell gave; a cell that counts and failed is not finished."""
