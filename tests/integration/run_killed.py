@@ -255,6 +255,7 @@ def series(
         history = torment(study, out, plan, pace, figures)
         if history is not None:
             judge(study, out, history, expected, figures)
+        sys.stderr.write(f"{out}: {figures.kills.total()} kills, {figures.equal} equal, faults {figures.faults}\n")
     return figures
 
 

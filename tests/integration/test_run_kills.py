@@ -10,25 +10,31 @@ import io
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from tests.integration.killed_study import Study, write_home_study, write_study
+from flwr.app import Error, Message
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+from tests.integration.killed_study import SITES, Study, write_home_study, write_study
 from tests.integration.run_killed import Figures, flower_plan, inline_plan, series, undisturbed
 
 from cotune.server.checkpoint import FACTS, STATE
 from cotune.server.coordinator import Coordinator
 from cotune.server.evaluation import GlobalEvaluator
 from cotune.server.fleet import Fleet, Request
+from cotune.server.grid import GridFleet
 from cotune.shared.cli import run as command
 from cotune.shared.methods import layout_of
 from cotune.shared.model import locate
 from cotune.shared.plan import LedgerRequest
 from cotune.shared.runs import RunFolder
 from cotune.shared.update import Answer
+from cotune.shared.wire import ledger_to_records, request_from_records
 from cotune.simulations.federation import InlineFleet
 from cotune.simulations.scenario import begin, prepare_run, work_folder
 
@@ -169,6 +175,40 @@ def test_a_whole_run_is_not_resumed_but_tidied(copied: RunFolder) -> None:
     code, said = tell("resume", copied.path, "--quiet")
     assert (code, "E-RUN-OVER" in said) == (4, True)
     assert not copied.sites.exists() and not work_folder(copied.run_id).exists()
+
+
+class DyingCouriers:
+    """What `GridFleet` needs of Flower's grid: its first couriers die with the message they carry."""
+
+    def __init__(self, deaths: int) -> None:
+        self._deaths, self._sent = deaths, dict[str, Message]()
+
+    def get_node_ids(self) -> list[int]:
+        return [1, 2]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        made = {uuid.uuid4().hex: message for message in messages}
+        for identifier, message in made.items():
+            message.metadata.__dict__["_message_id"] = identifier  # as Flower's own grids do
+        self._sent |= made
+        return list(made)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        for message in [self._sent.pop(identifier) for identifier in message_ids]:
+            self._deaths -= 1
+            site = request_from_records(message.content).site
+            yield Message(Error(code=3) if self._deaths >= 0 else ledger_to_records(site.encode()), reply_to=message)
+
+
+@pytest.mark.parametrize(("deaths", "come"), [(0, 3), (4, 3), (8, 3), (1000, 0)])
+def test_a_ledger_that_was_lost_with_its_courier_is_asked_for_again_while_that_helps(
+    monkeypatch: pytest.MonkeyPatch, deaths: int, come: int
+) -> None:
+    for name in ("node_id", "run_id", "task_id"):  # Flower sets them in the processes it starts
+        monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
+    fleet = GridFleet(cast(Grid, DyingCouriers(deaths)), SITES, 60.0, 2)
+    found = dict(fleet.ledgers([LedgerRequest(run_id="run-1", site=site) for site in SITES]))
+    assert found == {site: site.encode() for site in SITES[:come]}
 
 
 @pytest.mark.slow

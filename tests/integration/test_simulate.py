@@ -72,6 +72,12 @@ def study(folder: Path, model: Path, shape: str = "completion") -> Path:
     return folder / "run.toml"
 
 
+@pytest.fixture(autouse=True)
+def _no_work_of_others(_own_cache: None) -> None:
+    """Tests that drive runs by hand leave their work folders; here it is asked whether a run removes its own."""
+    shutil.rmtree(Path(os.environ["COTUNE_CACHE"]) / "work", ignore_errors=True)
+
+
 @pytest.fixture
 def job_file(tiny_causal: Path, tmp_path: Path) -> Path:
     return study(tmp_path, tiny_causal)

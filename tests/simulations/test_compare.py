@@ -416,6 +416,7 @@ def test_the_envelope_and_the_table_are_the_means_of_the_runs_own_summaries(fini
             assert row[what]["std"] == pytest.approx(statistics.stdev(values))
         assert row["megabytes_up"] == pytest.approx(sum(summary["bytes_up"] for summary in own) / 2e6)
         assert row["epsilon_spent"] == max(site["epsilon"] for summary in own for site in summary["sites"]) <= 8
+    assert all(0 < line["train_seconds"] <= line["seconds"] for line in lines_of(folder))
 
 
 @pytest.mark.slow

@@ -124,12 +124,16 @@ def _pack(kind: str, header: str, array: ArrayRecord | None) -> RecordDict:
 
 def _unpack(records: RecordDict, most: float = math.inf) -> tuple[str, str, Payload | None]:
     try:
-        header = records.config_records[HEADER]
+        # Not through `config_records` and `array_records`: each such view is a cycle that holds the whole message
+        # until the garbage collector next looks at old objects, which may be after the round.
+        header, arrays = records[HEADER], records.get(ARRAY)
+        if not isinstance(header, ConfigRecord):
+            raise ValueError(HEADER)
         kind, text = header["kind"], header["json"]
         if not (isinstance(kind, str) and isinstance(text, str) and len(text) <= most):
             raise ValueError(HEADER)
         json.loads(text)
-        array = records.array_records[ARRAY][ARRAY].numpy() if ARRAY in records.array_records else None
+        array = arrays[ARRAY].numpy() if isinstance(arrays, ArrayRecord) else None
         if array is not None and (array.dtype != np.uint8 or array.ndim != 1):
             raise ValueError(ARRAY)
     except Exception:  # noqa: BLE001 - the bytes come from outside: whatever they break, they are no message

@@ -129,8 +129,8 @@ def line_of(
     """What a finished cell gave, as one line of results.jsonl.
 
     Losses are in nats, accuracies shares of one, bytes those of all sites and rounds, steps and epsilon those of
-    the site with the most; null where there is none. `train_seconds` are the sites' own, `seconds` the cell's in
-    the process that ended it.
+    the site with the most; null where there is none. `train_seconds` are those until every round's last update
+    was in, `seconds` the whole cell's in the process that ended it.
     """
     line: Line = {
         "cell": cell.name,
@@ -157,6 +157,14 @@ def line_of(
         "bytes_up": summary["bytes_up"],
         "bytes_down": summary["bytes_down"],
         "steps": max(site["steps"] for site in sites),
-        "train_seconds": round(sum(row["seconds"] for row in run.metrics() if row.get("site")), 3),
+        "train_seconds": round(_train_seconds(run), 3),
         "seconds": round(seconds, 3),
     }
+
+
+def _train_seconds(run: RunFolder) -> float:
+    rounds: dict[int, float] = {}  # a row's seconds count from the round's start, so the last answer's are the round's
+    for row in run.metrics():
+        if row.get("site"):
+            rounds[row["round"]] = max(row["seconds"], rounds.get(row["round"], 0.0))
+    return sum(rounds.values())
