@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,9 @@ from cotune.shared.runs import RunFolder
 
 if TYPE_CHECKING:
     from cotune.shared.evaluation import Evaluation
+
+
+LEDGER_PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -192,10 +195,7 @@ class Coordinator:
         given: dict[str, set[int]] = {}
         for row in (row for row in self._run.metrics() if row.get("site")):
             given.setdefault(row["site"], set()).add(row["round"])
-        requests = [LedgerRequest(run_id=self._run.run_id, site=site) for site in sorted(given)]
-        silent = set(given)
-        for site, ledger in fleet.ledgers(requests):
-            silent.discard(site)
+        for site, ledger in self._ledgers(fleet, given):
             with storage_errors(self._run.ledger(site)):
                 self._run.ledger(site).parent.mkdir(exist_ok=True)
             write_atomic(self._run.ledger(site), ledger)
@@ -210,8 +210,19 @@ class Coordinator:
                 self._spending.settle(site, rounds)
             else:
                 self._run.emit("site", f"{site}: its ledger is not one chain of what it released", "warn", site=site)
+
+    def _ledgers(self, fleet: Fleet, sites: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """The sites' ledgers as they come; who does not answer, as when a courier died, is asked again."""
+        silent = set(sites)
+        for _ in range(LEDGER_PASSES):
+            requests = [LedgerRequest(run_id=self._run.run_id, site=site) for site in sorted(silent)]
+            for site, ledger in fleet.ledgers(requests):
+                silent.discard(site)
+                yield site, ledger
+            if not silent:
+                return
         for site in sorted(silent):
-            self._run.emit("site", f"{site}: its ledger did not come; the run will not verify", "warn", site=site)
+            self._run.emit("privacy", f"{site}: its ledger did not come; the run will not verify", "warn", site=site)
 
     def _record_sites(self, number: int, received: Mapping[str, Received]) -> None:
         for site, figures in sorted(received.items()):
