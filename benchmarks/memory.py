@@ -59,15 +59,15 @@ def main() -> None:
     from clipping import RESULTS, machine  # here: it loads torch, which the measured processes are to be without
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="these variants")
-    parser.add_argument("--quick", action="store_true", help="updates of 2 MiB, nothing written")
-    parser.add_argument("--out", type=Path, help="JSON file; default results/memory-MACHINE.json, none if --quick")
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), help="these variants; nothing written")
+    parser.add_argument("--quick", action="store_true", help="updates of 2 MiB; nothing written")
+    parser.add_argument("--out", type=Path, help="JSON file; default results/memory-MACHINE.json")
     options = parser.parse_args()
     found = machine()
     found["versions"] |= {package: version(package) for package in ("flwr", "numpy", "scipy")}
     report: dict[str, Any] = {"machine": found, "load_average": [psutil.getloadavg()[0]], "variants": {}}
     with tempfile.TemporaryDirectory(prefix="cotune-benchmark-") as name:
-        for title in options.only:
+        for title in options.only or VARIANTS:
             case = Case(VARIANTS[title], FEW if VARIANTS[title].robust == "none" else ROBUST_FEW)
             if options.quick:
                 case = replace(case, modules=16, width=1024, numbers=2**19)
@@ -81,7 +81,7 @@ def main() -> None:
             f"target: cotune's ratio {TARGET:.2f}: {'MISSED by ' + '; '.join(missed) if missed else 'met'}\n"
         )
     slug = re.sub(r"[^a-z0-9]+", "-", f"{found['name']} {found['cores']} cores".lower())
-    out = options.out or (None if options.quick else RESULTS / f"memory-{slug}.json")
+    out = options.out or (None if options.quick or options.only else RESULTS / f"memory-{slug}.json")
     if out:
         out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

@@ -26,12 +26,13 @@ from cotune.shared.methods import initial_values
 from cotune.shared.plan import LedgerRequest
 from cotune.shared.runs import RunFolder
 from cotune.shared.update import Answer
+from cotune.shared.wire import answer_from_records, answer_to_records
 
 RANK, WIDTH, MODULES = 4, 512, 64
 
 
 class Sites:
-    """Any number of sites: each answer is made when it is its turn."""
+    """Any number of sites: each answer is made when it is its turn, and comes as Flower's records."""
 
     def __init__(self, names: Sequence[str], size: int) -> None:
         self.names, self.size = names, size
@@ -43,7 +44,8 @@ class Sites:
         for plan, _ in requests:
             seed = [plan.round, *plan.site.encode()]
             delta = np.random.default_rng(seed).standard_normal(self.size, dtype=np.float32)
-            yield update_of(plan, delta)
+            records = answer_to_records(update_of(plan, delta))
+            yield answer_from_records(records, plan.site)
 
     def ledgers(self, requests: Sequence[LedgerRequest]) -> Iterator[tuple[str, bytes]]:
         return iter(())
