@@ -10,7 +10,9 @@ import contextlib
 import itertools
 import os
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ NAMESPACES = Path("/run/netns")
 SUBNET = "10.77.0"
 SWITCH = "switch"
 BURST_BYTES, QUEUE_MS = 16_000, 400
+END_S = 10.0
 _NETWORKS = itertools.count(1)
 
 
@@ -133,12 +136,15 @@ def sweep() -> None:
 
 def _delete(namespace: str) -> None:
     """End everything in a namespace, then remove it."""
-    listed = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False)
-    living = [psutil.Process(int(pid)) for pid in listed.stdout.split() if psutil.pid_exists(int(pid))]
-    for process in living:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(living, timeout=10)
+    deadline = time.monotonic() + END_S
+    while time.monotonic() < deadline:
+        listed = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False)
+        if not (living := listed.stdout.split()):  # whoever is dead and not waited for is in no namespace
+            break
+        for pid in living:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        time.sleep(0.05)
     subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
 
 
