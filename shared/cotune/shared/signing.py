@@ -13,7 +13,9 @@ from typing import Literal
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-Namespace = Literal["cotune-head", "cotune-job", "cotune-update"]
+Namespace = Literal[
+    "cotune-head", "cotune-invite", "cotune-job", "cotune-ledger", "cotune-request", "cotune-standing", "cotune-update"
+]
 
 _MAGIC = b"SSHSIG"
 _KEY_TYPE = b"ssh-ed25519"
@@ -25,6 +27,16 @@ def public_key_line(key: Ed25519PublicKey) -> str:
     """The key as OpenSSH writes it, `ssh-ed25519 AAAA...`, without a comment."""
     blob = _key_blob(key.public_bytes_raw())
     return f"{_KEY_TYPE.decode()} {base64.b64encode(blob).decode()}"
+
+
+def key_fingerprint(public_key: str) -> str:
+    """The key's fingerprint as OpenSSH shows it, `SHA256:...`, for people to compare.
+
+    Raises:
+        ValueError: It is no Ed25519 key in OpenSSH's form.
+    """
+    digest = hashlib.sha256(_key_blob(_raw_key(public_key))).digest()
+    return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
 
 
 def sign(private_key: Ed25519PrivateKey, namespace: Namespace, message: bytes) -> str:
