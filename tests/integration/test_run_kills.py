@@ -34,7 +34,7 @@ from cotune.shared.model import locate
 from cotune.shared.plan import LedgerRequest
 from cotune.shared.runs import RunFolder
 from cotune.shared.update import Answer
-from cotune.shared.wire import ledger_to_records, request_from_records
+from cotune.shared.wire import ledger_to_records, query_from_records
 from cotune.simulations.federation import InlineFleet
 from cotune.simulations.scenario import begin, prepare_run, work_folder
 
@@ -196,7 +196,7 @@ class DyingCouriers:
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
         for message in [self._sent.pop(identifier) for identifier in message_ids]:
             self._deaths -= 1
-            site = request_from_records(message.content).site
+            site = query_from_records(message.content).site
             yield Message(Error(code=3) if self._deaths >= 0 else ledger_to_records(site.encode()), reply_to=message)
 
 

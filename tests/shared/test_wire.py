@@ -25,7 +25,7 @@ from cotune.shared.wire import (
     ledger_to_records,
     plan_from_records,
     plan_to_records,
-    request_from_records,
+    query_from_records,
     request_to_records,
 )
 
@@ -96,13 +96,13 @@ def test_an_update_arrives_as_it_was_sent_to_the_bit() -> None:
 
 def test_a_ledger_is_asked_for_and_arrives_to_the_byte() -> None:
     request = LedgerRequest(run_id="20260101-000000-aaaa-tiny", site=SITE)
-    assert request_from_records(request_to_records(request)) == request
+    assert query_from_records(request_to_records(request)) == request
     ledger = '{"seq": 1, "time": "é\u2028"}\n'.encode()
     assert ledger_from_records(ledger_to_records(ledger)) == ledger
     assert ledger_from_records(request_to_records(request)) is None
     assert ledger_from_records(RecordDict()) is None
     with pytest.raises(ConnectionFailed):
-        request_from_records(ledger_to_records(ledger))
+        query_from_records(ledger_to_records(ledger))
 
 
 def test_numbers_that_are_no_numbers_arrive_too_for_the_coordinator_to_refuse() -> None:

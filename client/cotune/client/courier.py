@@ -8,10 +8,10 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from cotune.shared.codec import Payload
-from cotune.shared.errors import CotuneError
+from cotune.shared.errors import ConnectionFailed, CotuneError
 from cotune.shared.plan import LedgerRequest, RoundPlan
 from cotune.shared.update import Answer, SiteFailure
-from cotune.shared.wire import answer_to_records, ledger_to_records, plan_from_records, request_from_records
+from cotune.shared.wire import answer_to_records, ledger_to_records, plan_from_records, query_from_records
 
 Answerer = Callable[[RoundPlan, Payload], Answer]
 LedgerReader = Callable[[LedgerRequest], bytes]
@@ -35,6 +35,9 @@ def client_app(answer: Answerer, read_ledger: LedgerReader) -> ClientApp:
 
     @app.query()
     def query(message: Message, _context: Context) -> Message:  # pyright: ignore[reportUnusedFunction]
-        return Message(ledger_to_records(read_ledger(request_from_records(message.content))), reply_to=message)
+        asked = query_from_records(message.content)
+        if not isinstance(asked, LedgerRequest):
+            raise ConnectionFailed("E-WIRE", "a simulated site is asked for its ledger alone")
+        return Message(ledger_to_records(read_ledger(asked)), reply_to=message)
 
     return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 
@@ -10,6 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from cotune.shared.errors import ConnectionFailed, RefusedError
 from cotune.shared.plan import LedgerRequest, RoundPlan, cotune_version
+from cotune.shared.proposal import JobStanding, Proposal
 from cotune.shared.update import AdapterUpdate, Answer, Payload, SiteFailure, UpdateHeader
 
 HEADER, ARRAY = "header", "adapter"
@@ -38,13 +40,7 @@ def plan_from_records(records: RecordDict) -> tuple[RoundPlan, Payload]:
     try:
         if kind != "plan" or array is None:
             raise ValueError(kind)
-        said = json.loads(header).get("cotune")
-        if said != cotune_version():
-            raise RefusedError(
-                "E-VERSION",
-                f"the plan is of cotune {str(said)[:40]}, installed here is {cotune_version()}",
-                hint="install the coordinator's version, or ask it to install yours",
-            )
+        _require_version(header, "plan")
         return RoundPlan.model_validate_json(header), array
     except (ValueError, AttributeError):
         raise ConnectionFailed("E-WIRE", "the message is not a plan of this version of cotune") from None
@@ -80,19 +76,47 @@ def request_to_records(request: LedgerRequest) -> RecordDict:
     return _pack("ledger-request", request.model_dump_json(), None)
 
 
-def request_from_records(records: RecordDict) -> LedgerRequest:
-    """Read a request for a ledger.
+def proposal_to_records(proposal: Proposal) -> RecordDict:
+    """A job that is put before a site, to be sent."""
+    return _pack("proposal", proposal.model_dump_json(by_alias=True), None)
+
+
+def query_from_records(records: RecordDict) -> LedgerRequest | Proposal:
+    """Read what a site is asked beside training.
 
     Raises:
         ConnectionFailed: The message is not one of ours.
+        RefusedError: E-VERSION: it is a proposal of another version, with settings this one may not know.
     """
     kind, header, _ = _unpack(records)
     try:
-        if kind != "ledger-request":
+        if kind == "ledger-request":
+            return LedgerRequest.model_validate_json(header)
+        if kind != "proposal":
             raise ValueError(kind)
-        return LedgerRequest.model_validate_json(header)
-    except ValueError:
-        raise ConnectionFailed("E-WIRE", "the message is not a request of this version of cotune") from None
+        _require_version(header, "proposal")
+        return Proposal.model_validate_json(header)
+    except (ValueError, AttributeError):
+        raise ConnectionFailed("E-WIRE", "the message is not a query of this version of cotune") from None
+
+
+def standing_to_records(standing: JobStanding) -> RecordDict:
+    """Where a job stands at a site, to be sent."""
+    return _pack("standing", standing.model_dump_json(), None)
+
+
+def standing_from_records(records: RecordDict, site: str) -> JobStanding | SiteFailure:
+    """Read where a job stands at a site; anything else becomes that site's failure, never an exception."""
+    with contextlib.suppress(ValueError, ConnectionFailed):
+        kind, header, _ = _unpack(records, MAX_ANSWER)
+        if kind == "standing":
+            said = JobStanding.model_validate_json(header)
+            if said.site == site:
+                return said
+    answer = answer_from_records(records, site)
+    if isinstance(answer, SiteFailure) and answer.code != "E-WIRE":
+        return answer
+    return SiteFailure(site=site, code="E-WIRE", message="the answer does not say where the job stands")
 
 
 def ledger_to_records(ledger: bytes) -> RecordDict:
@@ -108,6 +132,17 @@ def ledger_from_records(records: RecordDict) -> bytes | None:
         return ledger.encode() if kind == "ledger" and isinstance(ledger, str) else None
     except (ValueError, ConnectionFailed):
         return None
+
+
+def _require_version(header: str, what: str) -> None:
+    """Refuse a message of another version, before anything else of it is read."""
+    said = json.loads(header).get("cotune")
+    if said != cotune_version():
+        raise RefusedError(
+            "E-VERSION",
+            f"the {what} is of cotune {str(said)[:40]}, installed here is {cotune_version()}",
+            hint="install the coordinator's version, or ask it to install yours",
+        )
 
 
 def _clean(text: str) -> str:
