@@ -18,14 +18,14 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cotune.client.disk import LocalDisk
-from cotune.client.keys import SiteKey
 from cotune.client.ledger import Ledger
-from cotune.shared.chain import Entry, SignedHead, head_is_genuine, next_line, read_chain, reserved
+from cotune.shared.chain import Entry, SignedHead, head_is_genuine, next_line, read_chain, reserved, sign_head
 from cotune.shared.errors import RefusedError, StorageError
+from cotune.shared.keyfile import SigningKey
 from cotune.shared.privacy.event import DpSgdEvent
 
-KEY = SiteKey(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
-OTHER = SiteKey(Ed25519PrivateKey.from_private_bytes(bytes(32)))
+KEY = SigningKey(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
+OTHER = SigningKey(Ed25519PrivateKey.from_private_bytes(bytes(32)))
 EVENT = DpSgdEvent(sampling_probability=0.01, noise_multiplier=1.5, steps=10)
 JOB = "cd" * 32
 
@@ -54,7 +54,7 @@ def commit(ledger: Ledger, number: int, update: str = "ab" * 32) -> SignedHead:
     return ledger.commit(run_id="run", round_number=number, update_sha256=update)
 
 
-def opened(folder: Path, key: SiteKey = KEY, site: str = "a", **more: Any) -> Ledger:
+def opened(folder: Path, key: SigningKey = KEY, site: str = "a", **more: Any) -> Ledger:
     return Ledger.open(folder / "ledger.jsonl", site, key, **more)
 
 
@@ -194,7 +194,7 @@ def test_ten_thousand_entries_open_and_an_append_reads_none_of_them(tmp_path: Pa
         [last] = read_chain(lines[-1], last)
     with (tmp_path / "ledger.jsonl").open("ab") as file:
         file.write(b"".join(lines))
-    (tmp_path / "head.json").write_text(KEY.sign_head("a", last).model_dump_json())
+    (tmp_path / "head.json").write_text(sign_head(KEY, "a", last).model_dump_json())
     disk, start = CountingDisk(), time.perf_counter()
     ledger = opened(tmp_path, disk=disk)
     seconds = time.perf_counter() - start
@@ -215,14 +215,14 @@ WRITER = """
 import sys
 from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cotune.client.keys import SiteKey
+from cotune.shared.keyfile import SigningKey
 from cotune.client.ledger import Ledger
 from cotune.shared.chain import reserved
 from cotune.shared.errors import RefusedError
 from cotune.shared.privacy.event import DpSgdEvent
 
 folder, name, count, cap = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-ledger = Ledger.open(folder / "ledger.jsonl", "a", SiteKey(Ed25519PrivateKey.from_private_bytes(bytes(range(32)))))
+ledger = Ledger.open(folder / "ledger.jsonl", "a", SigningKey(Ed25519PrivateKey.from_private_bytes(bytes(range(32)))))
 print("ready", flush=True)
 sys.stdin.readline()
 
@@ -531,10 +531,10 @@ def test_a_head_of_another_key_or_site_is_refused_on_disk_and_from_outside(tmp_p
     ledger = begun(tmp_path, 1)
     last, own = ledger.entries[-1], ledger.head
     strangers = [
-        OTHER.sign_head("a", last),
-        KEY.sign_head("b", last),
+        sign_head(OTHER, "a", last),
+        sign_head(KEY, "b", last),
         own.model_copy(update={"seq": 99}),
-        own.model_copy(update={"signature": OTHER.sign_head("a", last).signature}),
+        own.model_copy(update={"signature": sign_head(OTHER, "a", last).signature}),
     ]
     for stranger in strangers:
         with pytest.raises(StorageError) as caught:

@@ -19,14 +19,14 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cotune.client.disk import LOCAL_DISK, Disk
-from cotune.client.keys import SiteKey
 from cotune.client.ledger import Ledger
 from cotune.shared.chain import SignedHead, read_chain, require_agreement, require_own, reserved
 from cotune.shared.errors import StorageError
+from cotune.shared.keyfile import SigningKey
 from cotune.shared.privacy.event import DpSgdEvent, Event
 
 FOLDER = Path("/home-of-a-site")
-KEY = SiteKey(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
+KEY = SigningKey(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
 SECTOR = 512
 Files = dict[str, bytes]
 Operation = tuple[Any, ...]

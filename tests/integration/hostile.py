@@ -23,7 +23,6 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
-from cotune.client.keys import SiteKey
 from cotune.server.checkpoint import Progress, load_checkpoint
 from cotune.server.conduct import conduct
 from cotune.server.coordinator import Coordinator, Outcome
@@ -34,6 +33,7 @@ from cotune.shared.aggregation import returned
 from cotune.shared.chain import SignedHead, head_message
 from cotune.shared.codec import Payload
 from cotune.shared.job import Job
+from cotune.shared.keyfile import SigningKey
 from cotune.shared.methods import layout_of
 from cotune.shared.model import locate
 from cotune.shared.plan import LedgerRequest, RoundPlan
@@ -44,7 +44,7 @@ from cotune.shared.wire import (
     answer_to_records,
     ledger_to_records,
     plan_from_records,
-    request_from_records,
+    query_from_records,
 )
 from cotune.simulations.scenario import answer_plan, begin
 
@@ -240,7 +240,7 @@ class Federation:
         now = [u for u in self.given if u.header.round == plan.round]
         peers = {u.header.site: u for u in now if u.header.site != HOSTILE}
         past = [u for u in self.given if u.header.round < plan.round and u.header.site == HOSTILE]
-        return Scene(plan, update, peers, past, SiteKey.load(self._first.sites / HOSTILE / "site.key").private)
+        return Scene(plan, update, peers, past, SigningKey.load(self._first.sites / HOSTILE / "site.key").private)
 
 
 class Wires:
@@ -275,7 +275,7 @@ class Wires:
     def _reply(self, message: Message) -> Callable[[], Reply]:
         """What will be replied: the hostile site makes it up when all are ready."""
         if message.metadata.message_type == "query":
-            return partial(self._read, request_from_records(message.content))
+            return partial(self._read, query_from_records(message.content))
         plan, update = self._federation.read(message.content)
         if plan.site != HOSTILE:
             return partial(answer_to_records, update)

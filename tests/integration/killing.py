@@ -87,7 +87,7 @@ class Attempt:
         for member in sorted(self._family, key=lambda member: -member.pid):
             with contextlib.suppress(psutil.NoSuchProcess):
                 words = " ".join(member.cmdline())
-                if VICTIMS[victim] in words and "simulations.tether" not in words:
+                if VICTIMS[victim] in words and "shared.tether" not in words:
                     member.kill()
                     self._floor, self._waits_since = self.round, time.time()
                     return True

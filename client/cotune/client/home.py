@@ -13,7 +13,6 @@ from pathlib import Path
 
 from cotune.client.datafiles import DataFiles
 from cotune.client.decisions import Decisions
-from cotune.client.keys import SiteKey
 from cotune.client.ledger import Ledger
 from cotune.client.peers import Peers
 from cotune.client.policy import POLICY_FILE, DatasetPolicy, Policy, granting, parse_policy, policy_text
@@ -23,6 +22,7 @@ from cotune.shared.errors import JobError, RefusedError, StorageError
 from cotune.shared.files import storage_errors, sync_folder, write_atomic
 from cotune.shared.job import Job
 from cotune.shared.jobfile import read_text
+from cotune.shared.keyfile import SigningKey
 
 FOLDERS = ("jobs", "updates")
 
@@ -94,7 +94,7 @@ class SiteHome:
         """
         path = path.absolute()
         _check_private(path)
-        key = SiteKey.load(path / "site.key")
+        key = SigningKey.load(path / "site.key")
         if not (path / "ledger.jsonl").exists():
             raise StorageError("E-LEDGER-BEHIND", f"{path}: the ledger is gone", hint=RESTORE)
         public, name = _public_line(path)
@@ -184,7 +184,7 @@ class SiteHome:
 
 def _furnish(folder: Path, policy: Policy) -> None:
     """Everything a home needs, with the first entry of its ledger."""
-    key = SiteKey.create(folder / "site.key")
+    key = SigningKey.create(folder / "site.key")
     text = policy_text(policy)
     write_atomic(folder / "site.pub", f"{key.public} {policy.site.name}\n".encode())
     write_atomic(folder / "policy.toml", text.encode())

@@ -17,7 +17,6 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from cotune.client.disk import LOCAL_DISK, Disk, read_whole, replace_whole, sync_folder, write_whole
-from cotune.client.keys import SiteKey
 from cotune.shared.chain import (
     RESTORE,
     Action,
@@ -30,8 +29,10 @@ from cotune.shared.chain import (
     require_agreement,
     require_own,
     reserved,
+    sign_head,
 )
 from cotune.shared.errors import RefusedError, StorageError
+from cotune.shared.keyfile import SigningKey
 from cotune.shared.privacy.event import Event
 from cotune.shared.signing import Namespace
 
@@ -46,7 +47,7 @@ class Ledger:
     wrote, and only then appends. `entries` and what is computed from them are as of the last such call.
     """
 
-    def __init__(self, path: Path, site: str, key: SiteKey, disk: Disk, clock: Callable[[], datetime]) -> None:
+    def __init__(self, path: Path, site: str, key: SigningKey, disk: Disk, clock: Callable[[], datetime]) -> None:
         self._path, self._head_path = path, path.with_name("head.json")
         self._site, self._key, self._disk, self._clock = site, key, disk, clock
         self._known: tuple[tuple[Entry, ...], int] = (), 0  # the entries, and the bytes they take in the file
@@ -54,7 +55,7 @@ class Ledger:
 
     @classmethod
     def open(
-        cls, path: Path, site: str, key: SiteKey, disk: Disk = LOCAL_DISK, clock: Callable[[], datetime] = _NOW
+        cls, path: Path, site: str, key: SigningKey, disk: Disk = LOCAL_DISK, clock: Callable[[], datetime] = _NOW
     ) -> Ledger:
         """The ledger of a file; a file that is not there is begun, and its first entry is then to be site.init.
 
@@ -82,7 +83,7 @@ class Ledger:
         """The signed head of the last entry; a StorageError (E-LEDGER-HEAD) if there is none yet."""
         if not self.entries:
             raise self._refused("E-LEDGER-HEAD", "the ledger has no entry yet, and so no head")
-        return self._key.sign_head(self._site, self.entries[-1])
+        return sign_head(self._key, self._site, self.entries[-1])
 
     def append(self, action: Action, /, **fields: object) -> SignedHead:
         """Append an entry; it survives a loss of power once this returns.
@@ -227,7 +228,7 @@ class Ledger:
         return head
 
     def _seal(self, entry: Entry) -> SignedHead:
-        head = self._key.sign_head(self._site, entry)
+        head = sign_head(self._key, self._site, entry)
         replace_whole(self._disk, self._head_path, head.model_dump_json().encode() + b"\n")
         return head
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from cotune.shared.errors import PrivacyError, StorageError
 from cotune.shared.files import write_json
+from cotune.shared.keyfile import SigningKey
 from cotune.shared.privacy.event import Event, event_from_dict
 from cotune.shared.sections import Sha256, SiteName
 from cotune.shared.signing import verify
@@ -59,6 +60,12 @@ class SignedHead(BaseModel):
 def head_message(site: str, seq: int, sha256: str) -> bytes:
     """What a site signs: one line of text, so that `ssh-keygen -Y verify` can be given it by hand."""
     return f"{site} {seq} {sha256}\n".encode()
+
+
+def sign_head(key: SigningKey, site: str, entry: Entry) -> SignedHead:
+    """The signed head of a site's ledger that ends with this entry."""
+    signature = key.sign("cotune-head", head_message(site, entry.seq, entry.sha256))
+    return SignedHead(site=site, seq=entry.seq, sha256=entry.sha256, public_key=key.public, signature=signature)
 
 
 def head_is_genuine(head: SignedHead) -> bool:

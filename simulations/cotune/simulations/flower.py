@@ -18,8 +18,8 @@ from urllib.request import urlopen
 
 import tomli_w
 
+from cotune.shared.bundle import write_bundle
 from cotune.shared.errors import ConnectionFailed, JobError, RunFailed
-from cotune.shared.plan import cotune_version
 from cotune.shared.runs import RunFolder
 from cotune.simulations.scenario import site_names
 
@@ -31,13 +31,6 @@ STOP_S = 20.0
 NODES_PER_WORKER = 4
 PUBLISH_TIMEOUT_S = 60.0
 OVER = ("succeeded", "failed", "cancelled", "paused")
-
-BUNDLE_CODE = '''"""Flower's door into cotune: all a site has to approve. The rest is the cotune it installed."""
-
-from cotune.simulations.apps import Apps
-
-apps = Apps(bundle_version="{version}")
-'''
 
 
 def run_on_flower(run: RunFolder) -> None:
@@ -55,30 +48,6 @@ def run_on_flower(run: RunFolder) -> None:
         with _superlink(home, port, environment, log) as superlink:
             run_id = _submit(run, home, environment)
             _wait(run, superlink, run_id, environment)
-
-
-def write_bundle(folder: Path, run_dir: str) -> None:
-    """Write the Flower app: metadata and three lines of code, nothing else."""
-    folder.mkdir(parents=True)
-    version = cotune_version()
-    project = {
-        "project": {"name": "cotune", "version": version, "description": "cotune", "license": "Apache-2.0"},
-        "tool": {
-            "flwr": {
-                "app": {
-                    "publisher": "cotune",
-                    "fab-include": ["/flower_app.py"],
-                    "components": {
-                        "serverapp": "flower_app:apps.server",
-                        "clientapp": "flower_app:apps.client",
-                    },
-                    "config": {"job": "", "run-dir": run_dir},
-                }
-            }
-        },
-    }
-    (folder / "pyproject.toml").write_text(tomli_w.dumps(project), encoding="utf-8")
-    (folder / "flower_app.py").write_text(BUNDLE_CODE.format(version=version), encoding="utf-8")
 
 
 def _free_port() -> int:
@@ -118,7 +87,7 @@ def _superlink(home: Path, port: int, environment: dict[str, str], log: Path) ->
     empty = home / "empty"
     empty.mkdir()
     command = [
-        sys.executable, "-m", "cotune.simulations.tether",
+        sys.executable, "-m", "cotune.shared.tether",
         "flower-superlink", "--insecure", "--simulation", "--disable-runtime-dependency-installation",
         "--host", "127.0.0.1", "--port", str(port),
     ]  # fmt: skip
@@ -154,13 +123,15 @@ def _await_health(process: subprocess.Popen[bytes], port: int, log: Path) -> Non
 def _submit(run: RunFolder, home: Path, environment: dict[str, str]) -> str:
     job = run.job()
     app = home / "cotune"
-    write_bundle(app, str(run.path))
+    write_bundle(app)
     # Sites are spread over few nodes: each node is a thread's worth of bookkeeping in Flower, a site needs none.
     nodes = min(len(site_names(job)), NODES_PER_WORKER * int(job.simulation.workers))
     federation = f"num-supernodes={nodes} client-resources-num-cpus=1 client-resources-num-gpus=0.0"
     if environment["RAY_ADDRESS"] == "local":  # a cluster that is there already has a size of its own
         federation += f" init-args-num-cpus={job.simulation.workers} init-args-num-gpus=0"
-    answer = _flwr(["run", str(app), CONNECTION, "--federation-config", federation], environment)
+    config = f"run-dir={json.dumps(str(run.path))}"
+    options = ["--run-config", config, "--federation-config", federation]
+    answer = _flwr(["run", str(app), CONNECTION, *options], environment)
     if not answer.get("success") or "run-id" not in answer:
         raise ConnectionFailed("E-SUBMIT", "Flower did not accept the run", hint=f"see {run.path}/env/flower.log")
     return str(answer["run-id"])

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,21 +19,35 @@ PR_SET_CHILD_SUBREAPER = 36
 LOOK_S = 0.5
 
 
-def main() -> int:
-    """Run `sys.argv[1:]` until it ends or stdin closes; then kill all descendants."""
-    if sys.platform == "linux":  # whoever loses its parent below here becomes our child, so none is missed
+def adopt_strays() -> None:
+    """From now on whatever loses its parent below us becomes our child, so that none is missed."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def main() -> int:
+    """Run `sys.argv[1:]` until it ends or stdin closes; then kill all descendants. SIGTERM is passed on to it."""
+    adopt_strays()
     child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+    signal.signal(signal.SIGTERM, lambda _number, _frame: child.terminate())
     over = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.buffer.read(), over.set()), daemon=True).start()
     while child.poll() is None and not over.wait(LOOK_S):
-        pass
+        _bury_strays(child.pid)
     while family := psutil.Process().children(recursive=True):
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
         psutil.wait_procs(family, timeout=LOOK_S)
     return child.wait()
+
+
+def _bury_strays(own: int) -> None:
+    """Take note of adopted processes that ended; the exit code of our own child is left to be asked for."""
+    look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitid(os.P_ALL, 0, look)) and ended.si_pid != own:
+            os.waitpid(ended.si_pid, 0)
 
 
 if __name__ == "__main__":
