@@ -31,7 +31,7 @@ def main() -> int:
     child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
     signal.signal(signal.SIGTERM, lambda _number, _frame: child.terminate())
     over = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.buffer.read(), over.set()), daemon=True).start()
+    threading.Thread(target=lambda: (_await_close(), over.set()), daemon=True).start()
     while child.poll() is None and not over.wait(LOOK_S):
         _bury_strays(child.pid)
     while family := psutil.Process().children(recursive=True):
@@ -39,7 +39,13 @@ def main() -> int:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
         psutil.wait_procs(family, timeout=LOOK_S)
-    return child.wait()
+    code = child.wait()
+    return code if code >= 0 else 128 - code  # as a shell says it
+
+
+def _await_close() -> None:
+    while os.read(0, 4096):  # not through `sys.stdin`, whose lock would be held when we end
+        pass
 
 
 def _bury_strays(own: int) -> None:
