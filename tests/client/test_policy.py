@@ -145,7 +145,9 @@ def test_a_file_that_is_no_policy_is_refused(text: str) -> None:
 
 
 def request(policy: Policy, job: Job, entries: tuple[Entry, ...] = (), **changes: Any) -> Request:
-    facts: dict[str, Any] = {"rounds": job.run.rounds, "model_sha256": MODEL, "signature": None}
+    facts: dict[str, Any] = {
+        "rounds": job.run.rounds, "model_sha256": MODEL, "signature": None, "coordinators": None,
+    }  # fmt: skip
     return Request(job=job, account=account(entries, policy.dataset[0]), **{**facts, **changes})
 
 
@@ -175,6 +177,9 @@ BROKEN: dict[str, list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str
     "allow.signers": [
         ({"allow": {"signers": [SIGNER]}}, {}, {}, "not signed"),
         ({"allow": {"signers": [SIGNER]}}, {}, {"signature": "forged"}, "no listed signer"),
+        ({}, {}, {"coordinators": {"north": SIGNER}}, "coordinator this site has joined is needed"),
+        ({}, {}, {"coordinators": {"north": SIGNER}, "signature": "forged"}, "no coordinator this site has joined"),
+        ({}, {}, {"coordinators": {}, "signature": "forged"}, "no coordinator this site has joined"),
     ],
     "require.level": [
         ({}, {"privacy": {"level": "example"}}, {}, '"example" promises less than "unit"'),

@@ -7,6 +7,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cotune.client.budget import account
+from cotune.client.coordinators import joined_keys
 from cotune.client.home import SiteHome
 from cotune.client.policy import DatasetPolicy, Policy
 from cotune.client.rules import BUDGET_RULES, RULES, Refusal, Request, first_refusal, over_round, unknown_dataset
@@ -37,7 +38,7 @@ class Guard:
         """The site's public name."""
         return self.home.name
 
-    def admit(self, plan: RoundPlan, model_sha256: str) -> DatasetPolicy:
+    def admit(self, plan: RoundPlan, model_sha256: str | None) -> DatasetPolicy:
         """Everything that is decided without a record: heads, rules, approval, the budget of the whole run.
 
         Guarantee: a run gets its first round only if all its rounds fit into the budgets; what it is charged
@@ -48,7 +49,8 @@ class Guard:
 
         Args:
             plan: What is asked.
-            model_sha256: Of the base model that was located here, whatever the job says of it.
+            model_sha256: Of the base model that was located here, whatever the job says of it; None before it is
+                looked for, which decides all but allow.models.
 
         Raises:
             RefusedError: E-POLICY, E-BUDGET, E-APPROVAL or E-PLAN; a rule is named.
@@ -226,13 +228,14 @@ class Guard:
         signature = self.home.ledger.sign("cotune-update", header.message())
         return AdapterUpdate(header.model_copy(update={"signature": signature}), update.payload)
 
-    def _request(self, plan: RoundPlan, dataset: DatasetPolicy, model_sha256: str) -> Request:
+    def _request(self, plan: RoundPlan, dataset: DatasetPolicy, model_sha256: str | None) -> Request:
         return Request(
             job=plan.job,
             rounds=min(plan.job.run.rounds - plan.round + 1, plan.job.rounds_per_site),
             model_sha256=model_sha256,
             signature=plan.signature,
             account=account(self.home.ledger.entries, dataset),
+            coordinators=joined_keys(self.home.ledger.entries),
         )
 
     def _require_consistent(self, plan: RoundPlan) -> None:

@@ -11,6 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from cotune.client.coordinators import Coordinators
 from cotune.client.datafiles import DataFiles
 from cotune.client.decisions import Decisions
 from cotune.client.ledger import Ledger
@@ -157,6 +158,11 @@ class SiteHome:
     def jobs(self) -> Decisions:
         """The jobs that came, and what was said to them."""
         return Decisions(self.path / "jobs", self.ledger)
+
+    @property
+    def coordinators(self) -> Coordinators:
+        """The coordinators it has joined."""
+        return Coordinators(self.path / "coordinators")
 
     @property
     def peers(self) -> Peers:

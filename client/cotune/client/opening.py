@@ -15,12 +15,12 @@ from cotune.shared.jobfile import validate
 from cotune.shared.records import bad_rows
 
 
-def open_new_site(home: Path, name: str, dataset: Mapping[str, Any]) -> tuple[SiteHome, list[Finding]]:
+def open_new_site(home: Path, site: Mapping[str, Any], dataset: Mapping[str, Any]) -> tuple[SiteHome, list[Finding]]:
     """Check a data set and make the home of a site that holds it; what the checks found beside errors.
 
     Args:
         home: Where; nothing may be there yet.
-        name: The site's public name.
+        site: Settings of `SiteSection`: its public name, and whether it is a simulated one.
         dataset: Settings of `DatasetPolicy`.
 
     Raises:
@@ -28,7 +28,7 @@ def open_new_site(home: Path, name: str, dataset: Mapping[str, Any]) -> tuple[Si
         DataError: A row cannot be used, or is nobody's (E-UNIT).
         PrivacyError: delta_total would let one unit be published whole.
     """
-    policy = validate({"site": {"name": name}, "dataset": [dataset]}, POLICY_FILE, origin="cotune site init")
+    policy = validate({"site": dict(site), "dataset": [dataset]}, POLICY_FILE, origin="cotune site init")
     refuse_taken(home)
     findings = _checked(policy.dataset[0])
     return SiteHome.create(home, policy), findings

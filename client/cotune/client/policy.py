@@ -104,7 +104,7 @@ class ApproveSection(Section):
 
 
 class AllowSection(Section):
-    """What a job may bring. An empty list allows nothing, but for `signers`: none listed, none asked for."""
+    """What a job may bring. An empty list allows nothing; no `signers` means the coordinators that were joined."""
 
     models: tuple[ModelId, ...] = ()
     methods: tuple[Literal["lora"], ...] = ("lora",)

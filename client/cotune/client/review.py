@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cotune.client.budget import Account, account, bounded_price, job_event
+from cotune.client.coordinators import joined_keys
 from cotune.client.decisions import Standing
 from cotune.client.home import SiteHome
 from cotune.client.rules import BUDGET_RULES, RULES, Refusal, Request, unknown_dataset
@@ -94,7 +95,14 @@ def review(home: SiteHome, reference: str, *, locate_model: bool) -> Review:
         answers: dict[str, str | None] = {refusal.rule: refusal.text}
         return Review(home.name, home.is_simulated, job, answers, later, refusal, model, "cost unknown")
     now = account(home.ledger.entries, dataset)
-    request = Request(job=job, rounds=job.run.rounds, model_sha256=model, signature=None, account=now)
+    request = Request(
+        job=job,
+        rounds=job.run.rounds,
+        model_sha256=model,
+        signature=None,
+        account=now,
+        coordinators=joined_keys(home.ledger.entries),
+    )
     asked = {name: rule for name, rule in RULES.items() if name not in later}
     answers = {name: rule(policy, dataset, request) for name, rule in asked.items()}
     if not any(answers.values()):  # a budget prices only what the other rules let pass

@@ -31,6 +31,7 @@ class Request:
         model_sha256: Of the base model's weights; None if they were not located.
         signature: SSH signature over the job's hash, if one came.
         account: The data set's account, before this.
+        coordinators: Keys of the coordinators the site is joined to, by federation; None if it never joined any.
     """
 
     job: Job
@@ -38,6 +39,7 @@ class Request:
     model_sha256: str | None
     signature: str | None
     account: Account
+    coordinators: Mapping[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,7 @@ def first_refusal(
 def unknown_dataset(policy: Policy, named: str | None) -> Refusal:
     """The refusal of a job that names no data set of this site."""
     asked = "names no data set" if named is None else f"names the data set {named[:40]!a}"
-    known = ", ".join(each.id for each in policy.dataset)
-    return Refusal("data.dataset", f"the job {asked}; data.dataset may be: {known}")
+    return Refusal("data.dataset", f"the job {asked}; data.dataset may be: {', '.join(d.id for d in policy.dataset)}")
 
 
 def _mechanism(_policy: Policy, _dataset: DatasetPolicy, request: Request) -> str | None:
@@ -125,14 +126,22 @@ def _rank(policy: Policy, _dataset: DatasetPolicy, request: Request) -> str | No
 
 
 def _signers(policy: Policy, _dataset: DatasetPolicy, request: Request) -> str | None:
-    if not policy.allow.signers:
-        return None
+    """Whoever the policy lists; where it lists nobody, the coordinators the site has joined.
+
+    Guarantee: once a site has joined a federation, no job gets past this that none of these signed.
+
+    Edge cases: a site that left all its federations takes no job; one that never joined takes any.
+    """
+    signers, who = policy.allow.signers, "listed signer"
+    if not signers:
+        if request.coordinators is None:
+            return None
+        signers, who = tuple(request.coordinators.values()), "coordinator this site has joined"
     if request.signature is None:
-        return "the job is not signed; a listed signer's signature is needed"
-    message = request.job.sha256().encode()
-    if any(verify(signer, "cotune-job", message, request.signature) for signer in policy.allow.signers):
+        return f"the job is not signed; the signature of a {who} is needed"
+    if any(verify(each, "cotune-job", request.job.sha256().encode(), request.signature) for each in signers):
         return None
-    return "the job's signature is of no listed signer, or of another job"
+    return f"the job's signature is of no {who}, or of another job"
 
 
 def _level(policy: Policy, dataset: DatasetPolicy, request: Request) -> str | None:

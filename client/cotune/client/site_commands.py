@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import sys
 from dataclasses import asdict
@@ -13,23 +11,23 @@ from typing import Annotated, Any
 import click
 import typer
 
-from cotune.client.home import SiteHome, default_home
+from cotune.client.joining import write_request
+from cotune.client.joining_commands import join_federation, leave_federation, request
+from cotune.client.log_commands import log_app
 from cotune.client.opening import open_new_site
 from cotune.client.review import review, summaries
+from cotune.client.site_options import AsJson, HomeOption, home_path, open_home
 from cotune.client.site_views import (
     budget_of,
     budget_text,
     init_text,
     jobs_text,
-    log_text,
     policy_view,
-    proof_of,
     view_of,
     view_text,
 )
 from cotune.shared.cli import ENVELOPE_VERSION, show
 from cotune.shared.errors import JobError
-from cotune.shared.files import write_atomic
 
 site = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="A site's policy, budget, ledger and jobs."
@@ -38,11 +36,11 @@ policy_app = typer.Typer(
     add_completion=False, rich_markup_mode=None, help="Show the policy, or hold a job against it; edit policy.toml."
 )
 site.add_typer(policy_app, name="policy")
+site.add_typer(log_app, name="log")
+site.command("request")(request)
+site.command("join")(join_federation)
+site.command("leave")(leave_federation)
 
-HomeOption = Annotated[
-    Path | None, typer.Option("--home", help="The site's home; else $COTUNE_SITE, or ~/.local/share/cotune/site.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON envelope.")]
 JobReference = Annotated[str, typer.Argument(help="The first digits of a received job's hash, or a resolved job file.")]
 
 
@@ -56,6 +54,9 @@ def init(
     epsilon_total: Annotated[float | None, typer.Option(help="May be spent in all, for ever.")] = None,
     epsilon_per_run: Annotated[float | None, typer.Option(help="May be spent by one run.")] = None,
     delta_total: Annotated[float, typer.Option(help="The delta of both.")] = 1e-5,
+    simulated: Annotated[
+        bool, typer.Option("--simulated", help="For trials: noise of a public seed is let in. Never for real records.")
+    ] = False,
     home: HomeOption = None,
     as_json: AsJson = False,
 ) -> None:
@@ -76,7 +77,9 @@ def init(
         "max_per_unit": max_per_unit,
         "budget": budget,
     }
-    made, findings = open_new_site(_home(home), settings["name"], described)
+    who = {"name": settings["name"], "simulated": simulated}
+    made, findings = open_new_site(home_path(home), who, described)
+    write_request(made)
     data_out = {**view_of(made), "findings": [asdict(finding) for finding in findings]}
     show(data_out, as_json=as_json, text=init_text(made, findings))
 
@@ -119,7 +122,7 @@ def policy(ctx: typer.Context, home: HomeOption = None, as_json: AsJson = False)
 @policy_app.command("show")
 def show_policy(home: HomeOption = None, as_json: AsJson = False) -> None:
     """Show the policy as it is in force."""
-    opened = _open(home)
+    opened = open_home(home)
     data, text = policy_view(opened)
     show(data, as_json=as_json, text=text)
 
@@ -127,7 +130,7 @@ def show_policy(home: HomeOption = None, as_json: AsJson = False) -> None:
 @policy_app.command()
 def check(job: JobReference, home: HomeOption = None, as_json: AsJson = False) -> None:
     """Hold a job against every rule, with its base model located. Exit code 6 if one refuses."""
-    found = review(_open(home), job, locate_model=True)
+    found = review(open_home(home), job, locate_model=True)
     data, text = found.to_dict(), found.text()
     if found.refusal is None:
         show(data, as_json=as_json, text=text)
@@ -145,44 +148,15 @@ def check(job: JobReference, home: HomeOption = None, as_json: AsJson = False) -
 @site.command()
 def budget(home: HomeOption = None, as_json: AsJson = False) -> None:
     """What each data set has spent and what is left. It is raised by editing policy.toml, which the ledger notes."""
-    opened = _open(home)
+    opened = open_home(home)
     rows = [budget_of(opened, dataset) for dataset in opened.policy.dataset]
     show({**view_of(opened), "datasets": rows}, as_json=as_json, text=budget_text(opened, rows))
 
 
 @site.command()
-def log(
-    verify: Annotated[bool, typer.Option("--verify", help="Only the proof that the ledger is whole.")] = False,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write the entries to this file.")] = None,
-    home: HomeOption = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show the ledger, checked line by line, and why the site's own checks of its records refused jobs."""
-    opened = _open(home)
-    entries = [] if verify else list(opened.ledger.entries)
-    if csv_file:
-        _write_csv(csv_file, [asdict(entry) for entry in opened.ledger.entries])
-    data = {
-        **view_of(opened),
-        "proof": proof_of(opened),
-        "entries": [asdict(entry) for entry in entries],
-        "own_checks": [] if verify else opened.jobs.own_lines(),
-    }
-    show(data, as_json=as_json, text=log_text(opened, entries, full=not verify))
-
-
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    buffer = io.StringIO()
-    writer: csv.DictWriter[str] = csv.DictWriter(buffer, ("seq", "time", "action", "fields", "sha256"))
-    writer.writeheader()
-    writer.writerows({**row, "fields": json.dumps(row["fields"])} for row in rows)
-    write_atomic(path, buffer.getvalue().encode())
-
-
-@site.command()
 def jobs(home: HomeOption = None, as_json: AsJson = False) -> None:
     """The jobs that came: state, cost of the data set they name, and what would leave the site."""
-    opened = _open(home)
+    opened = open_home(home)
     rows = summaries(opened)
     show({**view_of(opened), "jobs": rows}, as_json=as_json, text=jobs_text(opened, rows))
 
@@ -190,7 +164,7 @@ def jobs(home: HomeOption = None, as_json: AsJson = False) -> None:
 @site.command()
 def approve(job: JobReference, home: HomeOption = None, as_json: AsJson = False) -> None:
     """Let a job run. It must keep every rule: an approval is no way round the policy."""
-    opened = _open(home)
+    opened = open_home(home)
     found = review(opened, job, locate_model=False)
     if found.refusal:
         raise found.refusal.error(found.site)
@@ -207,17 +181,9 @@ def deny(
     as_json: AsJson = False,
 ) -> None:
     """Keep jobs from running, also ones that were approved before."""
-    opened = _open(home)
+    opened = open_home(home)
     denied = [opened.jobs.find(job) for job in jobs]
     for sha256 in denied:
         opened.jobs.deny(sha256, reason)
     text = "\n".join([view_text(opened), *(f"denied {sha256}" for sha256 in denied)])
     show({**view_of(opened), "denied": denied}, as_json=as_json, text=text)
-
-
-def _home(home: Path | None) -> Path:
-    return (home or default_home()).expanduser()
-
-
-def _open(home: Path | None) -> SiteHome:
-    return SiteHome.open(_home(home))

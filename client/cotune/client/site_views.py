@@ -11,8 +11,11 @@ from typing import Any
 from cotune.client.budget import account
 from cotune.client.checks import Finding
 from cotune.client.home import SiteHome
+from cotune.client.joining import REQUEST
 from cotune.client.policy import DatasetPolicy
 from cotune.shared.chain import Entry
+from cotune.shared.invitation import JoinRequest
+from cotune.shared.signing import key_fingerprint
 
 BAR = 30
 
@@ -42,8 +45,21 @@ def init_text(home: SiteHome, findings: Sequence[Finding]) -> str:
         f"  1. allow a base model: `models` under [allow] in {home.path / 'policy.toml'}",
         "  2. cotune site policy check JOB     what this site would say to a job, and its model's sha256",
         "  3. cotune site jobs                 the jobs that came; cotune site approve HASH lets one run",
+        f"  4. send {home.path / REQUEST} to a coordinator, and give its answer to cotune site join INVITE",
         f"  back up {home.path / 'ledger.jsonl'} and head.json after each run: an old copy stops the site",
     ])  # fmt: skip
+
+
+def request_view(home: SiteHome, request: JoinRequest) -> tuple[dict[str, Any], str]:
+    """The request a site sends to a coordinator, and where it is."""
+    path = home.path / REQUEST
+    text = "\n".join([
+        view_text(home),
+        f"wrote {path}",
+        f"  public key  {key_fingerprint(request.public_key)}",
+        "  send it to the coordinator, who runs: cotune fed approve request.json",
+    ])  # fmt: skip
+    return {**view_of(home), "request": str(path), "content": request.model_dump(mode="json", by_alias=True)}, text
 
 
 def policy_view(home: SiteHome) -> tuple[dict[str, Any], str]:
@@ -63,16 +79,17 @@ def budget_of(home: SiteHome, dataset: DatasetPolicy) -> dict[str, Any]:
         "dataset": dataset.id,
         "unit": dataset.unit,
         "delta": dataset.budget.delta_total,
-        "epsilon_spent": _finite(now.spent),
+        "epsilon_spent": finite(now.spent),
         "epsilon_left": now.left,
         "epsilon_per_run": dataset.budget.epsilon_per_run,
         "epsilon_total": dataset.budget.epsilon_total,
-        "runs": {run: _finite(now.price(events)) for run, events in now.runs.items()},
+        "runs": {run: finite(now.price(events)) for run, events in now.runs.items()},
         "more_runs_like_the_last": now.more_runs(last[0]) if last else None,
     }
 
 
-def _finite(epsilon: float) -> float | None:
+def finite(epsilon: float) -> float | None:
+    """An epsilon as JSON can say it: None is without bound."""
     return epsilon if math.isfinite(epsilon) else None
 
 

@@ -23,7 +23,7 @@ from cotune.shared.sections import Sha256, SiteName
 from cotune.shared.signing import verify
 
 Action = Literal[
-    "site.init", "policy.change", "data.register", "data.change",
+    "site.init", "policy.change", "data.register", "data.change", "federation.join", "federation.leave",
     "job.received", "job.approved", "job.denied", "job.refused",
     "budget.reserve", "budget.commit", "ledger.repair",
 ]  # fmt: skip
