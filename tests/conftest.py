@@ -68,7 +68,7 @@ def _one_warm_model() -> Iterator[None]:
 
     for name, function in (
         ("cotune.shared.warm", "_load"),
-        ("cotune.simulations.scenario", "_trainer"),
+        ("cotune.client.answering", "_trainer"),
         ("cotune.simulations.scenario", "_pool"),
     ):
         if name in sys.modules:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from cotune.shared.errors import INTERNAL_EXIT_CODE, INTERRUPTED_EXIT_CODE, CotuneError
+from cotune.shared.errors import INTERNAL_EXIT_CODE, INTERRUPTED_EXIT_CODE, CotuneError, place_of
 
 ENVELOPE_VERSION = 1
 
@@ -171,14 +171,9 @@ def _defect(error: Exception, as_json: bool) -> int:
 
     if os.environ.get("COTUNE_DEBUG") == "1":
         traceback.print_exc()
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f"{frames[-1].name}:{frames[-1].lineno}" if frames else "unknown place"
-    ours = [f for f in frames if "cotune" in f.filename]
-    if ours:
-        place = f"{ours[-1].filename.rpartition('cotune/')[2]}:{ours[-1].lineno} in {ours[-1].name}"
     fault: dict[str, str | None] = {
         "code": "E-INTERNAL",
-        "message": f"{type(error).__name__} at {place}: this is a defect of cotune",
+        "message": f"{type(error).__name__} at {place_of(error)}: this is a defect of cotune",
         "param": None,
         "hint": "run again with COTUNE_DEBUG=1 for the traceback, and report it",
     }

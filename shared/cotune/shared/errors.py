@@ -17,6 +17,7 @@ Exit code 5 is a defect of cotune itself, 130 an interruption by the user, 0 suc
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
 
 
@@ -103,6 +104,15 @@ def ended(code: str, message: str, exit_code: int, hint: str | None = None) -> C
     error = CotuneError(code, message, hint=hint)
     error.exit_code = exit_code
     return error
+
+
+def place_of(error: BaseException) -> str:
+    """Where in our code an error that nobody foresaw came up; never its text, which may quote a record."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "cotune" in frame.filename]
+    if ours:
+        return f"{ours[-1].filename.rpartition('cotune/')[2]}:{ours[-1].lineno} in {ours[-1].name}"
+    return f"{frames[-1].name}:{frames[-1].lineno}" if frames else "unknown place"
 
 
 INTERNAL_EXIT_CODE = 5

@@ -31,6 +31,11 @@ def warm_network(job: Job) -> tuple[Network, Any]:
     return _load(json.dumps(needed, sort_keys=True))
 
 
+def loads() -> int:
+    """How often this process has loaded a base model."""
+    return _load.cache_info().misses
+
+
 @lru_cache(maxsize=1)
 def _load(job_json: str) -> tuple[Network, Any]:
     job = parse_job(json.loads(job_json), origin="job")

@@ -9,13 +9,12 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
+from cotune.client.answering import failure_of, own_dataset, own_records, warm_trainer
 from cotune.client.data import SiteExamples, prepare
 from cotune.client.guard import Guard
 from cotune.client.home import SiteHome
 from cotune.client.policy import DatasetPolicy
-from cotune.client.rules import unknown_dataset
 from cotune.client.site import Site
-from cotune.client.training import Trainer
 from cotune.shared.cli import job_file
 from cotune.shared.codec import Payload
 from cotune.shared.datasets import dataset_path
@@ -23,7 +22,7 @@ from cotune.shared.errors import CotuneError, JobError, did_you_mean
 from cotune.shared.evaluation import choices_of
 from cotune.shared.files import append_line, storage_errors, write_atomic, write_json
 from cotune.shared.job import Job
-from cotune.shared.jobfile import load_job, parse_job
+from cotune.shared.jobfile import load_job
 from cotune.shared.model import locate
 from cotune.shared.packages import cache_dir
 from cotune.shared.plan import LedgerRequest, RoundPlan
@@ -31,7 +30,7 @@ from cotune.shared.planning import make_plan, resolve
 from cotune.shared.records import Record, read_records
 from cotune.shared.runs import RunFolder, create_run
 from cotune.shared.sections import HOME, DataSettings
-from cotune.shared.update import Answer, SiteFailure
+from cotune.shared.update import Answer
 from cotune.shared.warm import warm_network
 from cotune.simulations.partition import split
 from cotune.simulations.population import check_sites
@@ -113,15 +112,7 @@ def site_records(job: Job, site: str) -> list[Record]:
     if folder is None:
         return read_records(Path(job.data.sites[site]), job.data.format)
     home = SiteHome.open(folder)
-    return read_records(home.data_path(_own_dataset(home, job)), job.data.format)
-
-
-def _own_dataset(home: SiteHome, job: Job) -> DatasetPolicy:
-    """The data set of a site's policy that the job is about."""
-    dataset = home.policy.find(job.data.dataset)
-    if dataset is None:
-        raise unknown_dataset(home.policy, job.data.dataset).error(home.name)
-    return dataset
+    return own_records(home, own_dataset(home, job), job)
 
 
 def _own_home(job: Job, site: str) -> Path | None:
@@ -201,18 +192,18 @@ def answer_plan(plan: RoundPlan, adapter: Payload) -> Answer:
 
     home = None
     try:
-        trainer = _trainer(plan.job.to_json())
+        trainer = warm_trainer(plan.job)
         home = site_home(plan.run_id, plan.site, plan.job, trainer.model_sha256)
         return Site(Guard(home), SimulatedRecords(), work / plan.site).train(plan, adapter, trainer, progress)
     except CotuneError as error:
-        message = error.message
-        if error.code == "E-SITE-DATA" and home is not None and home.is_simulated:
-            message = f"{plan.site}: {home.jobs.own_lines()[-1]['text']}"  # whoever simulates owns all the records
-        return SiteFailure(site=plan.site, code=error.code, message=message, exit_code=error.exit_code)
+        failure = failure_of(plan.site, error)
+        if error.code == "E-SITE-DATA" and home is not None and home.is_simulated:  # whoever simulates owns the records
+            return failure.model_copy(update={"message": f"{plan.site}: {home.jobs.own_lines()[-1]['text']}"})
+        return failure
     except Exception as error:
         if os.environ.get("COTUNE_DEBUG") == "1":
             raise
-        return SiteFailure(site=plan.site, code="E-INTERNAL", message=type(error).__name__, exit_code=5)
+        return failure_of(plan.site, error)
 
 
 def read_ledger(request: LedgerRequest) -> bytes:
@@ -220,9 +211,3 @@ def read_ledger(request: LedgerRequest) -> bytes:
     run = _begun(request.run_id)
     folder = _own_home(run.job(), request.site) or run.sites / request.site
     return (folder / "ledger.jsonl").read_bytes()
-
-
-@lru_cache(maxsize=1)
-def _trainer(job_json: str) -> Trainer:
-    job = parse_job(json.loads(job_json), origin="plan")
-    return Trainer(warm_network(job)[0], job, locate(job).sha256)
