@@ -25,6 +25,7 @@ import tomli_w
 from pydantic import Field
 
 from cotune.server.authority import create_authority, ensure_server_certificate
+from cotune.server.control import CONNECTION
 from cotune.shared.errors import JobError, StorageError
 from cotune.shared.files import storage_errors, write_atomic
 from cotune.shared.homes import make_home, require_private
@@ -33,7 +34,6 @@ from cotune.shared.jobfile import SettingsKind, parse_text, read_text, validate
 from cotune.shared.keyfile import SigningKey, write_secret
 from cotune.shared.sections import Section, SiteName
 
-CONNECTION = "cotune"
 FOLDERS = ("tls", "sites", "superlink", "flwr", "runs", "logs", "empty")
 SECRET_BYTES = 32
 INIT = "cotune fed init"

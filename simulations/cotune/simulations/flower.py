@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import tomli_w
 
+from cotune.server.control import CONNECTION, Control
 from cotune.shared.bundle import write_bundle
 from cotune.shared.errors import ConnectionFailed, JobError, RunFailed
 from cotune.shared.runs import RunFolder
 from cotune.simulations.scenario import site_names
 
-CONNECTION = "cotune"
 START_TIMEOUT_S = 120.0
 POLL_S = 0.5
 ASK_FLOWER_S = 60.0
@@ -126,25 +124,10 @@ def _submit(run: RunFolder, home: Path, environment: dict[str, str]) -> str:
     write_bundle(app)
     # Sites are spread over few nodes: each node is a thread's worth of bookkeeping in Flower, a site needs none.
     nodes = min(len(site_names(job)), NODES_PER_WORKER * int(job.simulation.workers))
-    federation = f"num-supernodes={nodes} client-resources-num-cpus=1 client-resources-num-gpus=0.0"
+    engine = {"num-supernodes": nodes, "client-resources-num-cpus": 1, "client-resources-num-gpus": 0.0}
     if environment["RAY_ADDRESS"] == "local":  # a cluster that is there already has a size of its own
-        federation += f" init-args-num-cpus={job.simulation.workers} init-args-num-gpus=0"
-    config = f"run-dir={json.dumps(str(run.path))}"
-    options = ["--run-config", config, "--federation-config", federation]
-    answer = _flwr(["run", str(app), CONNECTION, *options], environment)
-    if not answer.get("success") or "run-id" not in answer:
-        raise ConnectionFailed("E-SUBMIT", "Flower did not accept the run", hint=f"see {run.path}/env/flower.log")
-    return str(answer["run-id"])
-
-
-def _flwr(arguments: Sequence[str], environment: dict[str, str]) -> dict[str, Any]:
-    done = subprocess.run(
-        ["flwr", *arguments, "--format", "json"], env=environment, capture_output=True, text=True, check=False
-    )
-    try:
-        return json.loads(done.stdout[done.stdout.index("{") :])
-    except ValueError:
-        return {}
+        engine |= {"init-args-num-cpus": int(job.simulation.workers), "init-args-num-gpus": 0}
+    return Control(environment).run(app, {"run-dir": str(run.path)}, engine)
 
 
 def _wait(run: RunFolder, superlink: subprocess.Popen[bytes], run_id: str, environment: dict[str, str]) -> None:
@@ -159,11 +142,7 @@ def _wait(run: RunFolder, superlink: subprocess.Popen[bytes], run_id: str, envir
             raise RunFailed("E-FLOWER", "the process of the coordinator died", hint=f"cotune resume {run.run_id}")
         if time.monotonic() - asked > ASK_FLOWER_S:
             asked = time.monotonic()
-            listed = _flwr(["list", CONNECTION, "--run-id", run_id], environment)
-            if (
-                any(str(r.get("status", "")).startswith("finished") for r in listed.get("runs", ()))
-                and run.state()["status"] not in OVER
-            ):
+            if _is_finished(run_id, environment) and run.state()["status"] not in OVER:
                 _keep_log(run, run_id, environment)
                 raise RunFailed(
                     "E-FLOWER", "Flower ended the run without a result", hint=f"see {run.path}/env/flower.log"
@@ -187,7 +166,13 @@ def _was_left(run: RunFolder) -> bool:
         return False
 
 
+def _is_finished(run_id: str, environment: dict[str, str]) -> bool:
+    try:
+        return Control(environment).runs().get(run_id, "").startswith("finished")
+    except ConnectionFailed:  # it may be busy; it is asked again
+        return False
+
+
 def _keep_log(run: RunFolder, run_id: str, environment: dict[str, str]) -> None:
     """Append what Flower's processes said, which the SuperLink keeps only while it runs."""
-    with (run.path / "env" / "flower.log").open("ab") as log:
-        subprocess.run(["flwr", "log", run_id, CONNECTION, "--show"], env=environment, stdout=log, check=False)
+    Control(environment).log(run_id, run.path / "env" / "flower.log")
