@@ -17,8 +17,8 @@ import psutil
 import pytest
 import tomli_w
 
+from cotune.shared.bundle import BUNDLE_CODE, write_bundle
 from cotune.shared.runs import RunFolder
-from cotune.simulations.flower import BUNDLE_CODE, write_bundle
 
 ROOT = Path(__file__).parents[2]
 SIGNS = {"cardio": "heart blood", "derma": "skin rash", "pulmo": "lung cough"}
@@ -131,13 +131,13 @@ def test_the_repositorys_flower_app_is_the_bundle_of_its_own_version() -> None:
 
 
 def test_a_bundle_is_metadata_and_a_few_lines(tmp_path: Path) -> None:
-    write_bundle(tmp_path / "bundle", "/runs/one")
+    write_bundle(tmp_path / "bundle")
     assert sorted(path.name for path in (tmp_path / "bundle").iterdir()) == ["flower_app.py", "pyproject.toml"]
     written = tomllib.loads((tmp_path / "bundle" / "pyproject.toml").read_text())
     own = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert written["project"]["version"] == own["project"]["version"]
     assert written["tool"]["flwr"]["app"]["components"] == own["tool"]["flwr"]["app"]["components"]
-    assert written["tool"]["flwr"]["app"]["config"] == {"job": "", "run-dir": "/runs/one"}
+    assert written["tool"]["flwr"]["app"]["config"] == {"job": "", "run-dir": ""}
     assert len((tmp_path / "bundle" / "flower_app.py").read_text().splitlines()) <= 5
 
 

@@ -73,6 +73,7 @@ OTHERS: dict[str, object] = {
     "federation.sites_per_round": 2,
     "federation.max_rounds_per_site": 3,
     "federation.quorum": 3,
+    "federation.approval_timeout_s": 60.0,
     "federation.secure_aggregation": None,  # only one value so far
     "aggregation.rule": "fedex",
     "aggregation.weights": {"site-1": 2.0},

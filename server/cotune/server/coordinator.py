@@ -19,6 +19,7 @@ from cotune.server.selection import select
 from cotune.server.sending import Sending, sending
 from cotune.server.spending import Spending
 from cotune.server.spool import Spool
+from cotune.server.trust import ON_FIRST_USE, Trust
 from cotune.server.witness import Witness
 from cotune.shared.adapter import Layout, Vector, fingerprint
 from cotune.shared.aggregation import CONTROL
@@ -60,14 +61,22 @@ class Outcome:
 class Coordinator:
     """Runs a job's rounds over a fleet, into a run folder."""
 
-    def __init__(self, run: RunFolder, layout: Layout, config: Mapping[str, Any], evaluator: GlobalEvaluator) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        layout: Layout,
+        config: Mapping[str, Any],
+        evaluator: GlobalEvaluator,
+        trust: Trust = ON_FIRST_USE,
+    ) -> None:
         self._run = run
         self._job: Job = run.job()
         self._layout = layout
         self._config = config
         self._evaluator = evaluator
         self._spending = Spending(run, self._job)
-        self._witness = Witness(run.privacy / "heads.json")
+        self._trust = trust
+        self._witness = Witness(run.privacy / "heads.json", trust)
         self._joiner = Joiner(self._job, layout, evaluator.root_update)
         self._initial = initial_values(layout, self._job.run.seed)
         self._frozen_sha256 = fingerprint(self._initial)
@@ -152,6 +161,7 @@ class Coordinator:
                 clipping_norm=progress.clipping_norm,
                 heads=self._witness.heads_for(site, available),
                 notice=progress.notices.get(site),
+                signature=self._trust.signature,
             )
             requests[site] = Request(plan, sent[rank].payload)
         return requests

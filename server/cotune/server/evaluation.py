@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -111,4 +112,4 @@ def root_update(job: Job, network: Network, examples: Sequence[Example], round_n
 def _total_threads(job: Job) -> int:
     # Sites wait while the coordinator scores, so all their threads are free.
     workers, threads = job.simulation.workers, job.simulation.threads
-    return 1 if workers == "auto" or threads == "auto" else workers * threads
+    return os.cpu_count() or 1 if workers == "auto" or threads == "auto" else workers * threads

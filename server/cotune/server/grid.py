@@ -2,57 +2,80 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
+import httpx
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from cotune.server.collecting import MAX_BARREN
+from cotune.server.conduct import LOST
 from cotune.server.fleet import CRASHED, Request
-from cotune.shared.errors import TimedOut
+from cotune.shared.errors import ConnectionFailed, TimedOut
 from cotune.shared.plan import LedgerRequest
+from cotune.shared.proposal import JobStanding, Proposal
 from cotune.shared.update import Answer, SiteFailure
 from cotune.shared.wire import (
     adapter_to_record,
     answer_from_records,
     ledger_from_records,
     plan_to_records,
+    proposal_to_records,
     request_to_records,
+    standing_from_records,
 )
 
 POLL_S = 0.1
 NODE_TIMEOUT_S = 120.0
 
+Place = int | SiteFailure | None  # a site's node; why it never has one; None: not now
+PlaceOf = Callable[[str], Place]
+Reply = RecordDict | SiteFailure
 
-class GridFleet:
-    """A `Fleet` over Flower nodes: each site's plan goes to one node, sites spread evenly over nodes."""
 
-    def __init__(self, grid: Grid, sites: Sequence[str], round_timeout_s: float, at_once: int) -> None:
-        self._grid = grid
-        self._sites = tuple(sorted(sites))
-        self._timeout = round_timeout_s
-        self._at_once = at_once
+def _unwatched() -> None:
+    """Nobody wants the exchange to end."""
 
-    def sites(self) -> Sequence[str]:
-        """Names of the sites of this run, in order."""
-        return self._sites
 
-    def ask(self, requests: Sequence[Request]) -> Iterator[Answer]:
-        """Send the requests; yield answers as they come. A site that is late or lost is a failure, not a wait."""
+class Exchange:
+    """Messages to sites and their replies, over Flower's Grid.
+
+    Args:
+        grid: Flower's.
+        at_once: How many sites are asked at a time; what they answer is held until it is its turn.
+        poll_s: Seconds between looks for answers, for each hundred sites that are waited for.
+        watch: Called at each look; raises to end the exchange.
+    """
+
+    def __init__(
+        self, grid: Grid, at_once: int, poll_s: float = POLL_S, watch: Callable[[], None] = _unwatched
+    ) -> None:
+        self._grid, self._at_once, self._poll_s, self._watch = grid, at_once, poll_s, watch
+
+    def nodes(self) -> list[int]:
+        """The nodes that are there now, in order."""
+        with _superlink_errors():
+            return sorted(self._grid.get_node_ids())
+
+    def answers(self, requests: Sequence[Request], deadline: float, place_of: PlaceOf) -> Iterator[tuple[str, Answer]]:
+        """Each site's answer to its plan, as it comes. A site that is late or lost is a failure, not a wait."""
         # Sites that share an adapter share its record, so it is held once.
         adapters = {id(request.adapter): adapter_to_record(request.adapter) for request in requests}
         sent = {plan.site: plan_to_records(plan, adapters[id(adapter)]) for plan, adapter in requests}
-        for site, reply in self._exchange(sent, MessageType.TRAIN):
-            yield reply if isinstance(reply, SiteFailure) else _said(answer_from_records(reply, site))
+        for site, reply in self._replies(sent, MessageType.TRAIN, deadline, place_of):
+            yield site, reply if isinstance(reply, SiteFailure) else _said(answer_from_records(reply, site))
 
-    def ledgers(self, requests: Sequence[LedgerRequest]) -> Iterator[tuple[str, bytes]]:
-        """Ask sites for their ledgers, again while that helps those that crashed; yield those that come."""
+    def ledgers(
+        self, requests: Sequence[LedgerRequest], deadline: float, place_of: PlaceOf
+    ) -> Iterator[tuple[str, bytes]]:
+        """The ledgers that come, those of crashed sites asked for again while that helps."""
         left, barren = {request.site: request_to_records(request) for request in requests}, 0
         while left and barren < MAX_BARREN:
             crashed: dict[str, RecordDict] = {}
-            for site, reply in self._exchange(left, MessageType.QUERY):
+            for site, reply in self._replies(left, MessageType.QUERY, deadline, place_of):
                 if isinstance(reply, SiteFailure):
                     crashed |= {site: left[site]} if reply.code == CRASHED else {}
                 elif (ledger := ledger_from_records(reply)) is not None:
@@ -60,29 +83,55 @@ class GridFleet:
             barren = barren + 1 if len(crashed) == len(left) else 0
             left = crashed
 
-    def _exchange(self, sent: Mapping[str, RecordDict], kind: str) -> Iterator[tuple[str, RecordDict | SiteFailure]]:
+    def standings(
+        self, proposals: Sequence[Proposal], deadline: float, place_of: PlaceOf
+    ) -> Iterator[JobStanding | SiteFailure]:
+        """Where a proposed job stands at each site, as they say it."""
+        sent = {proposal.site: proposal_to_records(proposal) for proposal in proposals}
+        for site, reply in self._replies(sent, MessageType.QUERY, deadline, place_of):
+            yield reply if isinstance(reply, SiteFailure) else standing_from_records(reply, site)
+
+    def _replies(
+        self, sent: Mapping[str, RecordDict], kind: str, deadline: float, place_of: PlaceOf
+    ) -> Iterator[tuple[str, Reply]]:
         """One message a site; each site's reply as it comes, or why there is none."""
-        nodes, deadline = self._nodes(), time.monotonic() + self._timeout
-        left, waiting = deque(enumerate(sent)), dict[str, str]()
+        began = time.monotonic()
+        left, waiting = deque(sent), dict[str, str]()
         while (left or waiting) and time.monotonic() < deadline:
-            while left and len(waiting) < self._at_once:
-                place, site = left.popleft()
-                ttl = deadline - time.monotonic()
-                message = Message(sent[site], nodes[place % len(nodes)], kind, ttl=max(1.0, ttl))
-                [identifier] = self._grid.push_messages([message])
-                waiting[identifier] = site
-            before = len(waiting)
+            self._watch()
+            before = len(left), len(waiting)
+            for _ in range(min(len(left), self._at_once - len(waiting))):
+                site = left.popleft()
+                place = place_of(site)
+                pushed = place if not isinstance(place, int) else self._push(sent[site], place, kind, deadline)
+                if isinstance(pushed, SiteFailure):
+                    yield site, pushed.model_copy(update={"site": site})
+                elif pushed is None:
+                    left.append(site)
+                else:
+                    waiting[pushed] = site
             for identifier in list(waiting):  # one at a time: what is pulled is held whole
                 yield from self._pull(identifier, waiting)
-            if len(waiting) == before:
-                time.sleep(POLL_S)
-        for site in [*waiting.values(), *(site for _, site in left)]:
-            message = f"no answer within {self._timeout:.0f} s"
+            if (len(left), len(waiting)) == before:
+                time.sleep(self._poll_s * (1 + len(waiting) // 100))
+        for site in [*waiting.values(), *left]:
+            message = f"no answer within {deadline - began:.0f} s"
             yield site, SiteFailure(site=site, code="E-TIMEOUT", message=message, exit_code=3)
 
-    def _pull(self, identifier: str, waiting: dict[str, str]) -> Iterator[tuple[str, RecordDict | SiteFailure]]:
+    def _push(self, records: RecordDict, node: int, kind: str, deadline: float) -> str | SiteFailure | None:
+        """The message's identifier; None if Flower takes none for that node now."""
+        message = Message(records, node, kind, ttl=max(1.0, deadline - time.monotonic()))
+        with _superlink_errors():
+            pushed = list(self._grid.push_messages([message]))
+        if not pushed:
+            return SiteFailure(site="", code="E-TOO-LARGE", message="the message is larger than Flower carries")
+        return pushed[0] or None
+
+    def _pull(self, identifier: str, waiting: dict[str, str]) -> Iterator[tuple[str, Reply]]:
         site = waiting[identifier]
-        for reply in self._grid.pull_messages([identifier]):
+        with _superlink_errors():
+            replies = self._grid.pull_messages([identifier])
+        for reply in replies:
             waiting.pop(identifier, None)  # of two replies, whoever reads them says what becomes of each
             if reply.has_error():
                 # Flower's error text may quote a record; only its number is passed on.
@@ -91,14 +140,51 @@ class GridFleet:
             else:
                 yield site, reply.content
 
-    def _nodes(self) -> list[int]:
+
+class GridFleet:
+    """A `Fleet` over Flower nodes: each site's plan goes to one node, sites spread evenly over nodes."""
+
+    def __init__(self, grid: Grid, sites: Sequence[str], round_timeout_s: float, at_once: int) -> None:
+        self._exchange = Exchange(grid, at_once)
+        self._sites = tuple(sorted(sites))
+        self._timeout = round_timeout_s
+
+    def sites(self) -> Sequence[str]:
+        """Names of the sites of this run, in order."""
+        return self._sites
+
+    def ask(self, requests: Sequence[Request]) -> Iterator[Answer]:
+        """Send the requests; yield answers as they come. A site that is late or lost is a failure, not a wait."""
+        places = self._places([request.plan.site for request in requests])
+        for _, answer in self._exchange.answers(requests, time.monotonic() + self._timeout, places):
+            yield answer
+
+    def ledgers(self, requests: Sequence[LedgerRequest]) -> Iterator[tuple[str, bytes]]:
+        """Ask sites for their ledgers, again while that helps those that crashed; yield those that come."""
+        places = self._places([request.site for request in requests])
+        yield from self._exchange.ledgers(requests, time.monotonic() + self._timeout, places)
+
+    def _places(self, sites: Sequence[str]) -> PlaceOf:
         deadline = time.monotonic() + NODE_TIMEOUT_S
-        while time.monotonic() < deadline:
-            nodes = sorted(self._grid.get_node_ids())
-            if nodes:
-                return nodes
+        while not (nodes := self._exchange.nodes()):
+            if time.monotonic() > deadline:
+                raise TimedOut("E-NODES", f"no Flower node appeared within {NODE_TIMEOUT_S:.0f} s")
             time.sleep(POLL_S)
-        raise TimedOut("E-NODES", f"no Flower node appeared within {NODE_TIMEOUT_S:.0f} s")
+        places = {site: nodes[number % len(nodes)] for number, site in enumerate(sites)}
+        return places.__getitem__
+
+
+@contextlib.contextmanager
+def _superlink_errors() -> Generator[None]:
+    """Whatever stands between us and the SuperLink is no fault of the run.
+
+    Raises:
+        ConnectionFailed: E-SUPERLINK-LOST.
+    """
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise ConnectionFailed(LOST, f"Flower's SuperLink takes no more messages ({type(error).__name__})") from None
 
 
 def _said(answer: Answer) -> Answer:

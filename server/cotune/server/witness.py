@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from cotune.server.trust import ON_FIRST_USE, Trust
 from cotune.shared.chain import WITNESSES, SignedHead, head_is_genuine, read_heads, write_heads
 from cotune.shared.update import UpdateHeader
 
@@ -16,8 +17,8 @@ class Witness:
     behind it refuses to train. Where a coordinator and a site are both set back, the other sites still know.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, trust: Trust = ON_FIRST_USE) -> None:
+        self._path, self._trust = path, trust
         self._heads = read_heads(path, "restore the file from a backup")
 
     def heads_for(self, site: str, sites: Sequence[str]) -> tuple[SignedHead, ...]:
@@ -29,7 +30,7 @@ class Witness:
     def reason(self, header: UpdateHeader) -> str | None:
         """Why the head that came with an update is not acceptable; None if it is.
 
-        A site's key is the one it first signed with.
+        A site's key is the one it is enrolled with; where there is no enrolment, the one it first signed with.
         """
         return self._reason(header.head, header.site)
 
@@ -51,6 +52,8 @@ class Witness:
         known = self._heads.get(site)
         if head.site != site or not head_is_genuine(head):
             return "its ledger head is not signed by its own key"
+        if self._trust.key_of(site) not in (None, head.public_key):
+            return "its ledger head is not signed by the key it is enrolled with"
         if known is None:
             return None
         if head.public_key != known.public_key:

@@ -18,7 +18,9 @@ from cotune.shared.aggregation import RULES, Rule
 from cotune.shared.combinations import faults
 from cotune.shared.errors import JobError
 from cotune.shared.sections import (
+    CONTENT,
     HOME,
+    SITE,
     AggregationSettings,
     DataSettings,
     EvalSettings,
@@ -125,12 +127,12 @@ class Job(Section):
 
 
 def absolute(path: str, folder: Path) -> str:
-    """A data path of a job file as an absolute one; `dataset:` names stay, and `home:` keeps its word.
+    """A data path of a job file as an absolute one; what is no path stays, and `home:` keeps its word.
 
     Raises:
         JobError: No file can have that name.
     """
-    if path.startswith("dataset:"):
+    if path.startswith(("dataset:", SITE, CONTENT)):
         return path
     kind = HOME if path.startswith(HOME) else ""
     try:

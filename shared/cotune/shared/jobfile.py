@@ -66,6 +66,7 @@ def load_job(path: Path, overrides: Iterable[str] = ()) -> Job:
             "sites": {name: absolute(file, folder) for name, file in job.data.sites.items()},
         },
         "eval": {"data": absolute(job.eval.data, folder) if job.eval.data else None},
+        "aggregation": {"root": absolute(job.aggregation.root, folder) if job.aggregation.root else None},
     }
     if ":" not in job.model.base and _exists(folder / job.model.base):
         changes["model"] = {"base": str((folder / job.model.base).resolve())}

@@ -4,8 +4,10 @@ run.toml resolved.toml plan.json state.json summary.json MANIFEST.json
 events.jsonl metrics.jsonl metrics.csv checkpoints.jsonl
 checkpoints/round-00005/   the two newest, each a plain PEFT folder
 adapter/                   the result, a plain PEFT folder with a filled model card
+personal/SITE/             such a folder for each site, by rules that give each an adapter of its own
 privacy/                   claim.json accountant.json heads.json statement.txt ledgers/SITE.jsonl
 sites/                     homes of simulated sites, until the run has ended
+inputs/SHA256.jsonl        a deployed run's public rows, which its job names by their hash
 report/index.html          env/hardware.json env/lock.txt
 """
 
@@ -25,17 +27,19 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import psutil
 
-from cotune.shared.errors import CotuneError, JobError
+from cotune.shared.errors import CotuneError, JobError, RunFailed
 from cotune.shared.files import append_line, file_sha256, read_lines, storage_errors, write_atomic, write_json
 from cotune.shared.job import Job
 from cotune.shared.jobfile import dump_toml, load_job
+from cotune.shared.sections import CONTENT
 
-Engine = Literal["flower", "inline"]
-Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
+Engine = Literal["flower", "inline", "deployed"]
+Status = Literal["queued", "awaiting_approval", "running", "paused", "succeeded", "failed", "cancelled"]
+OVER: tuple[Status, ...] = ("paused", "succeeded", "failed", "cancelled")
 METRIC_COLUMNS = (
     "round", "site", "valid_loss", "accuracy", "accuracy_low", "accuracy_high", "examples",
     "epsilon", "update_norm", "train_loss", "bytes_up", "bytes_down", "seconds",
@@ -59,6 +63,11 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def personal(self) -> Path:
+        """Adapters of single sites, each a plain PEFT folder; there only by rules that make such."""
+        return self.path / "personal"
+
+    @property
     def checkpoints(self) -> Path:
         """Checkpoints by round."""
         return self.path / "checkpoints"
@@ -73,6 +82,11 @@ class RunFolder:
         """Homes of simulated sites, with their keys; gone once the run has succeeded."""
         return self.path / "sites"
 
+    @property
+    def inputs(self) -> Path:
+        """Public rows of a deployed run, each file named by its SHA-256."""
+        return self.path / "inputs"
+
     def ledger(self, site: str) -> Path:
         """A site's ledger as it was when the run ended."""
         return self.privacy / "ledgers" / f"{site}.jsonl"
@@ -80,6 +94,19 @@ class RunFolder:
     def job(self) -> Job:
         """The resolved job."""
         return load_job(self.path / "resolved.toml")
+
+    def local_job(self) -> Job:
+        """The job with this folder's own files where the job sites know says only what is in them."""
+        job = self.job()
+
+        def here(name: str | None) -> str | None:
+            return str(self.input(name.removeprefix(CONTENT))) if name and name.startswith(CONTENT) else name
+
+        return job.replace(eval={"data": here(job.eval.data)}, aggregation={"root": here(job.aggregation.root)})
+
+    def input(self, sha256: str) -> Path:
+        """The file of public rows with this hash."""
+        return self.inputs / f"{sha256}.jsonl"
 
     def emit(self, kind: str, message: str, level: str = "info", /, **data: object) -> None:
         """Append one event. Data must be public: no text, no record id, no private count."""
@@ -125,7 +152,37 @@ class RunFolder:
     def engine(self) -> Engine:
         """The engine the run was started on; Flower's if it never came to that."""
         path = self.path / "env" / "engine.json"
-        return "inline" if path.exists() and _read_json(path).get("engine") == "inline" else "flower"
+        said = _read_json(path).get("engine") if path.exists() else None
+        return next((engine for engine in get_args(Engine) if engine == said), "flower")
+
+    def ask_to_stop(self) -> None:
+        """Ask whoever runs it to stop; it stays asked until the run is resumed."""
+        write_json(self.path / "env" / "stop.json", {"stop": True})
+
+    def forget_stop(self) -> None:
+        """Let it run again."""
+        (self.path / "env" / "stop.json").unlink(missing_ok=True)
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether somebody wants it to stop."""
+        return (self.path / "env" / "stop.json").exists()
+
+    def require_wanted(self) -> None:
+        """End here if somebody wants it to stop.
+
+        Raises:
+            RunFailed: E-STOPPED.
+        """
+        if self.is_asked_to_stop():
+            raise RunFailed("E-STOPPED", f"{self.run_id} was stopped", hint=f"cotune resume {self.run_id}")
+
+    def is_held(self) -> bool:
+        """Whether a living process runs it."""
+        try:
+            with self.held():
+                return False
+        except JobError:
+            return True
 
     def events(self) -> list[dict[str, Any]]:
         """All events so far, oldest first."""
@@ -227,35 +284,3 @@ def _hardware() -> dict[str, object]:
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
     }
-
-
-def runs_home() -> Path:
-    """Where runs go when nothing is said: ./runs."""
-    return Path("runs")
-
-
-def _started(run: Path) -> tuple[str, int]:
-    """The second in its name, then the finer time of its first file."""
-    first = run / "run.toml"
-    return run.name[:15], first.stat().st_mtime_ns if first.exists() else 0
-
-
-def find_run(reference: str, home: Path | None = None) -> RunFolder:
-    """A run by path, by id, by a unique prefix of either part of its id, or `latest`.
-
-    Raises:
-        JobError: None or several match.
-    """
-    path = Path(reference)
-    with contextlib.suppress(OSError):  # a name no file can have
-        if (path / "state.json").exists():
-            return RunFolder(path.resolve())
-    home = home or runs_home()
-    known = sorted((p.parent for p in home.glob("*/state.json")), key=_started)
-    if reference == "latest" and known:
-        return RunFolder(known[-1].resolve())
-    matches = [p for p in known if p.name.startswith(reference) or f"-{reference}" in p.name]
-    if len(matches) != 1:
-        found = "none" if not matches else ", ".join(p.name for p in matches)
-        raise JobError("E-RUN-UNKNOWN", f"expected one run called `{reference}` in {home}, found {found}", param="RUN")
-    return RunFolder(matches[0].resolve())

@@ -10,13 +10,14 @@ from typing import Any
 from cotune.shared.errors import JobError, ModelError, StorageError
 from cotune.shared.evaluation import Evaluation, Evaluator, choices_of, probe_records
 from cotune.shared.files import storage_errors
+from cotune.shared.finding import find_run
 from cotune.shared.job import Job
 from cotune.shared.jobfile import load_job
 from cotune.shared.methods import quiet_peft
 from cotune.shared.model import load_model, load_tokenizer, locate
 from cotune.shared.network import Network
 from cotune.shared.records import read_records
-from cotune.shared.runs import RunFolder, find_run
+from cotune.shared.runs import RunFolder
 
 
 def score(
@@ -71,7 +72,7 @@ def _job_and_adapter(reference: str, job_file: Path | None) -> tuple[Job, Path]:
             )  # fmt: skip
         return load_job(job_file), folder
     run = find_run(reference)
-    return run.job(), run.adapter
+    return run.local_job(), run.adapter
 
 
 def export_adapter(run: RunFolder, out: Path, *, merge: bool) -> None:

@@ -13,6 +13,8 @@ Auto = Literal["auto"]
 SiteName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
 Unit = Annotated[str, StringConstraints(pattern=r"^(record|column:\S.*)$")]
 HOME = "home:"  # before a path: the home folder of a site, whose own policy says where its records are
+SITE = "site:"  # a real site, far away: its own policy says where its records are, and nobody here knows
+CONTENT = "sha256:"  # before a hash: a file of the coordinator's, named by what is in it
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -72,7 +74,8 @@ class DataSettings(Section):
         None, min_length=1, description="one JSONL file, or dataset:NAME/FILE, to be split over sites"
     )
     sites: dict[SiteName, str] = Field(
-        default_factory=dict, description="one JSONL file a site; home:FOLDER is a site with a policy of its own"
+        default_factory=dict,
+        description="one JSONL file a site; home:FOLDER: a site with a policy of its own; site: an enrolled one",
     )
     format: Literal["auto", "completion", "messages", "text", "label"] = "auto"
     split: Literal["iid", "dirichlet", "column"] = "iid"
@@ -94,6 +97,11 @@ class DataSettings(Section):
         """The column that says whose a row is; None where a row is its own unit."""
         return column_of(self.unit)
 
+    @property
+    def deployed(self) -> bool:
+        """Whether the sites are real ones, which hold their records themselves."""
+        return SITE in self.sites.values()
+
     @model_validator(mode="after")
     def _one_source(self) -> DataSettings:
         if (self.train is None) == (not self.sites):
@@ -104,6 +112,12 @@ class DataSettings(Section):
             raise ValueError('data.max_per_unit and data.units_per_site need data.unit = "column:NAME"')
         if self.unit != "record" and self.split == "dirichlet":
             raise ValueError('data.split = "dirichlet" draws rows; with data.unit = "column:NAME" use iid or column')
+        if any(source.startswith(SITE) and source != SITE for source in self.sites.values()):
+            raise ValueError(f'data.sites: an enrolled site is "{SITE}" and no more; it knows itself where its data is')
+        if self.deployed and set(self.sites.values()) != {SITE}:
+            raise ValueError(f'data.sites: either all sites are enrolled ones ("{SITE}"), or none is')
+        if self.deployed and self.dataset is None:
+            raise ValueError("data.dataset is needed: what the enrolled sites' own policies call their data set")
         return self
 
 
@@ -163,6 +177,9 @@ class FederationSettings(Section):
         None, ge=1, description="no site takes more rounds; with it, random sites need less noise"
     )
     quorum: int | None = Field(None, ge=1, description="a round ends when so many updates are in")
+    approval_timeout_s: float = Field(
+        259_200.0, gt=0, description="enrolled sites: a site that has not approved the job by then is left out"
+    )
     secure_aggregation: bool = Field(False, description="this version has none: true is refused")
 
 

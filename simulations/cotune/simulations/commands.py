@@ -12,7 +12,8 @@ import typer
 
 from cotune.shared.cli import show
 from cotune.shared.errors import CotuneError, JobError, StorageError, ended
-from cotune.shared.runs import Engine, RunFolder, find_run
+from cotune.shared.finding import find_run
+from cotune.shared.runs import Engine, RunFolder
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON envelope.")]
 ORPHAN_S = 30.0  # processes of a killed run end within seconds; one that holds it longer is alive

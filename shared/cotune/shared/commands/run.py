@@ -9,7 +9,7 @@ import typer
 
 from cotune.shared.cli import show
 from cotune.shared.errors import RunFailed
-from cotune.shared.runs import find_run
+from cotune.shared.finding import find_run
 
 Reference = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, id, unique prefix, or `latest`.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON envelope.")]
