@@ -7,12 +7,14 @@ list is answered 404, before a byte of it goes anywhere. Every wait has an end, 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import logging
 import re
 import resource
 import signal
 import ssl
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,8 +23,9 @@ from pathlib import Path
 import h11
 import httpx
 
+from cotune.server.fedhome import FedHome
 from cotune.server.link import CHUNK, Limits, Link, Refused, date_now
-from cotune.shared.errors import ConnectionFailed, StorageError
+from cotune.shared.errors import ConnectionFailed, CotuneError, StorageError
 
 FLEET = re.compile(rb"/v1/fleet/[a-z]+(-[a-z]+)*")
 NOT_PASSED_ON = {
@@ -234,3 +237,28 @@ def run(gate: Gate) -> None:
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
     asyncio.run(serve(gate))
+
+
+def gate_of(home: FedHome) -> Gate:
+    """The gate that a coordinator's home asks for."""
+    wanted, tls = home.settings.gateway, home.tls
+    upstream = f"https://{home.superlink_address}"
+    return Gate(
+        wanted.bind, upstream, tls / "server.crt", tls / "server.key", tls / "ca.crt", wanted.max_body_mb * 1_000_000
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m cotune.server.gateway --home HOME`: what `cotune fed up` keeps running."""
+    parser = argparse.ArgumentParser(prog="cotune.server.gateway", description=__doc__)
+    parser.add_argument("--home", type=Path, required=True, help="The coordinator's home.")
+    try:
+        run(gate_of(FedHome.open(parser.parse_args(arguments).home)))
+    except CotuneError as error:
+        sys.stderr.write(f"{error.code}  {error}\n")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
