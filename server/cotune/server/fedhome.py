@@ -80,13 +80,6 @@ class FedSettings(Section):
 FED_FILE = SettingsKind(FedSettings, "E-FED", "coordinator's settings file", INIT, "cotune fed init --help")
 
 
-def default_home() -> Path:
-    """$COTUNE_FED, or `cotune/fed` in the user's data folder."""
-    if named := os.environ.get("COTUNE_FED"):
-        return Path(named)
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "cotune" / "fed"
-
-
 @dataclass(frozen=True, repr=False)
 class FedHome:
     """An open home. It holds secrets, so it has no repr.
