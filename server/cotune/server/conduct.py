@@ -14,7 +14,7 @@ from cotune.server.evaluation import GlobalEvaluator
 from cotune.server.fleet import Fleet
 from cotune.server.publish import note, publish
 from cotune.server.trust import ON_FIRST_USE, Trust
-from cotune.shared.errors import CotuneError, RunFailed
+from cotune.shared.errors import CotuneError, JobError, RunFailed
 from cotune.shared.methods import layout_of
 from cotune.shared.model import locate
 from cotune.shared.runs import RunFolder, Status
@@ -52,12 +52,17 @@ def conduct_deployed(run: RunFolder, fleet: DeployedFleet, approval: Approval, t
         trust: The coordinator's signature, and the sites' keys.
 
     Raises:
+        JobError: E-RUN-HELD or E-RUN-NOT-DUE: it is run elsewhere, or was; its state stays.
         CotuneError: As `conduct`. Where the SuperLink is lost, the run's state stays: it goes on when that is back.
     """
-    with run.held(LOOK_S), _outcome_of(run):
-        run.set_state("awaiting_approval", 0)
-        fleet.admit(approval.obtain(fleet))
-        _rounds(run, fleet, "deployed", None, trust)
+    with run.held(LOOK_S):
+        if run.state()["status"] != "queued":  # Flower started it late, after it was given anew
+            raise JobError("E-RUN-NOT-DUE", f"{run.run_id} is not waiting to be run", hint="cotune status RUN")
+        with _outcome_of(run):
+            run.require_wanted()
+            run.set_state("awaiting_approval", 0)
+            fleet.admit(approval.obtain(fleet))
+            _rounds(run, fleet, "deployed", None, trust)
 
 
 def _rounds(run: RunFolder, fleet: Fleet, engine: str, kept: Path | None, trust: Trust) -> None:

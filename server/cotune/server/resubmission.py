@@ -31,8 +31,8 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 5.0, 60.0
 START_S = 180.0  # from Flower's taking a run to our process holding it, at most
 
 
-class Control(Protocol):
-    """What is needed of the SuperLink."""
+class SuperLink(Protocol):
+    """What runs need of Flower's SuperLink; see `control.Control`."""
 
     def run(self, bundle: Path, config: Mapping[str, str]) -> str:
         """Start a run of the bundle in this folder; Flower's identifier of it."""
@@ -65,7 +65,7 @@ class Submission:
         return min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** max(0, self.barren - 1))
 
 
-def resubmit_due(home: FedHome, control: Control) -> None:
+def resubmit_due(home: FedHome, superlink: SuperLink) -> None:
     """Give to Flower what is due, and end what was asked to stop. Called once a second.
 
     Raises:
@@ -74,7 +74,7 @@ def resubmit_due(home: FedHome, control: Control) -> None:
     for run in known_runs(home.runs):
         with contextlib.suppress(JobError):  # a folder that is being made, or held by a living process
             if run.engine() == "deployed" and not is_over(run):
-                _look_after(run, control)
+                _look_after(run, superlink)
 
 
 def is_over(run: RunFolder) -> bool:
@@ -83,10 +83,10 @@ def is_over(run: RunFolder) -> bool:
     return status in OVER and (status != "succeeded" or (run.path / "MANIFEST.json").exists())
 
 
-def _look_after(run: RunFolder, control: Control) -> None:
+def _look_after(run: RunFolder, superlink: SuperLink) -> None:
     last = _last(run)
     if run.is_asked_to_stop():
-        _end(run, last, control)
+        _end(run, last, superlink)
         return
     waiting = run.state()["status"] == "queued" and last.flower_run is not None
     if time.time() < last.at + (START_S if waiting else last.wait_s) and last.at:
@@ -100,41 +100,49 @@ def _look_after(run: RunFolder, control: Control) -> None:
             run.set_state("failed", newest, _barren(run, newest))
             return
         run.set_state("queued", newest)
-    _give(run, replace(last, round=newest, barren=barren), control)
+    _give(run, replace(last, round=newest, barren=barren), superlink)
 
 
-def _give(run: RunFolder, last: Submission, control: Control) -> None:
+def _give(run: RunFolder, last: Submission, superlink: SuperLink) -> None:
     if last.flower_run:
         with contextlib.suppress(CotuneError):  # it is mostly over already
-            control.stop(last.flower_run)
+            superlink.stop(last.flower_run)
     refused = replace(last, flower_run=None, at=time.time(), barren=max(1, last.barren - 1))
     _write(run, refused)  # a SuperLink that takes nothing is no fault of the run: that does not count
     with tempfile.TemporaryDirectory(prefix="cotune-bundle-") as folder:
         write_bundle(Path(folder) / "cotune")
-        flower_run = control.run(Path(folder) / "cotune", {"run-dir": str(run.path)})
+        flower_run = superlink.run(Path(folder) / "cotune", {"run-dir": str(run.path)})
     _write(run, replace(last, flower_run=flower_run, at=time.time()))
     run.emit("submission", f"given to Flower as run {flower_run}", round=last.round, time=last.barren)
 
 
-def _end(run: RunFolder, last: Submission, control: Control) -> None:
+def _end(run: RunFolder, last: Submission, superlink: SuperLink) -> None:
     """End a run that was asked to stop; its own process does so by itself, unless there is none."""
-    if not run.is_held():
-        if last.flower_run:
-            with contextlib.suppress(CotuneError):
-                control.stop(last.flower_run)
-        with run.held():
-            if not is_over(run):
-                error = RunFailed("E-STOPPED", f"{run.run_id} was stopped", hint=f"cotune resume {run.run_id}")
-                run.set_state("cancelled", _newest_round(run), error)
+    if end_stopped(run) and last.flower_run:
+        with contextlib.suppress(CotuneError):
+            superlink.stop(last.flower_run)
+
+
+def end_stopped(run: RunFolder) -> bool:
+    """Note that a run stopped which no process holds; False if one does, and will note it itself."""
+    if run.is_held():
+        return False
+    with run.held():
+        if not is_over(run):
+            error = RunFailed("E-STOPPED", f"{run.run_id} was stopped", hint=f"cotune resume {run.run_id}")
+            run.set_state("cancelled", _newest_round(run), error)
+    return True
 
 
 def begin_anew(run: RunFolder) -> None:
     """Queue a run that paused, failed or was stopped; it is given to Flower within a second of `cotune fed up`.
 
     Raises:
-        JobError: A living process holds it (E-RUN-HELD).
+        JobError: A living process holds it (E-RUN-HELD), or it has succeeded (E-RUN-OVER).
     """
     with run.held():
+        if run.state()["status"] == "succeeded" and is_over(run):
+            raise JobError("E-RUN-OVER", f"{run.run_id} has succeeded: there is nothing to go on with", param="RUN")
         run.forget_stop()
         _path(run).unlink(missing_ok=True)
         run.set_state("queued", _newest_round(run))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import click
 import typer
 
 from cotune.shared.cli import show
-from cotune.shared.errors import CotuneError, JobError, StorageError, ended
+from cotune.shared.errors import CotuneError, JobError, StorageError
+from cotune.shared.files import read_lines
 from cotune.shared.finding import find_run
 from cotune.shared.runs import Engine, RunFolder
 
@@ -97,16 +97,24 @@ def simulate(
 
 def resume(
     reference: Annotated[str, typer.Argument(metavar="RUN", help="A path, an id, a unique part of one, or latest.")],
-    out: Annotated[Path, typer.Option(help="Folder the run's folder is in.")] = Path("runs"),
+    out: Annotated[Path | None, typer.Option(help="Folder the run's folder is in.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Events as JSON lines, then one envelope.")] = False,
 ) -> None:
     """Go on with a run that was interrupted, from its newest whole checkpoint, on the engine it was started on.
 
+    A deployed run is queued for `cotune fed up`; follow it with `cotune watch`.
+
     Sites answer what they were asked before with the very same bytes: the adapter is that of a run without the
     interruption, and no round is charged twice but one that was lost in the middle of training.
     """
-    run = _interrupted(find_run(reference, out))
+    run = find_run(reference, *([out] if out else ()))
+    if run.engine() == "deployed":
+        from cotune.server.run_commands import resume_deployed
+
+        resume_deployed(run, as_json=as_json)
+        return
+    run = _interrupted(run)
     if not quiet and not as_json:
         _say(f"run {run.run_id} in {run.path}, from round {run.state()['round']}")
     _run_shown(run, run.engine(), quiet=quiet, as_json=as_json)
@@ -163,11 +171,14 @@ def _require_consent(run: RunFolder, i_know: bool) -> None:
 
 def _run_shown(run: RunFolder, engine: Engine, *, quiet: bool, as_json: bool) -> None:
     """Run on an engine with progress; kept features are removed whatever happens; raise the run's own error."""
-    from cotune.simulations.progress import shown
+    from cotune.shared.showing import View, raise_outcome, shown
+    from cotune.simulations.scenario import site_names, work_folder
 
     run.set_engine(engine)
+    steps = work_folder(run.run_id) / "progress.jsonl"
+    view = View(run, site_names(run.job()), lambda: read_lines(steps))
     try:
-        with shown(run, quiet=quiet, as_json=as_json):
+        with shown(view, quiet=quiet, as_json=as_json):
             if engine == "flower":
                 from cotune.simulations.flower import run_on_flower
 
@@ -183,27 +194,10 @@ def _run_shown(run: RunFolder, engine: Engine, *, quiet: bool, as_json: bool) ->
         raise
     finally:
         _tidy(run)
-    _raise_outcome(run)
-
-
-def _raise_outcome(run: RunFolder) -> None:
-    """The engine may be other processes: their outcome is in the run's state."""
-    state = run.state()
-    if state["status"] == "succeeded":
-        return
-    fault: dict[str, Any] = state["error"] or {
-        "code": "E-RUN",
-        "message": f"the run was {state['status']}",
-        "exit_code": 1,
-    }
-    raise ended(fault["code"], fault["message"], fault["exit_code"], fault.get("hint"))
+    raise_outcome(run)
 
 
 def _show_result(run: RunFolder, as_json: bool) -> None:
-    from cotune.simulations.progress import result_text
+    from cotune.shared.showing import show_result
 
-    if as_json:
-        envelope = {"schema_version": 1, "status": "ok", "terminal": True, "data": run.summary()}
-        click.echo(json.dumps({**envelope, "run": str(run.path)}))
-    else:
-        click.echo(result_text(run))
+    show_result(run, as_json=as_json)

@@ -1,4 +1,4 @@
-"""Showing a run while it goes on, and its result at the end. Everything shown comes from the run's own files."""
+"""Showing a run while it goes on, its result, and how it ended. Everything shown comes from the run's own files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,31 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cotune.shared.files import read_lines
-from cotune.shared.job import Job
+from cotune.shared.cli import ENVELOPE_VERSION
+from cotune.shared.errors import ended
 from cotune.shared.runs import RunFolder
-from cotune.simulations.scenario import site_names, work_folder
 
 REFRESH_S = 1.0
+SAID = ("publish", "round", "approval", "submission")  # kinds of events that are worth a line
+
+
+@dataclass(frozen=True)
+class View:
+    """What of a run is to be seen.
+
+    Attributes:
+        run: The run.
+        sites: Names of its sites.
+        steps: The steps that were taken so far; None where only the sites know.
+    """
+
+    run: RunFolder
+    sites: Sequence[str]
+    steps: Callable[[], Sequence[dict[str, Any]]] | None = None
 
 
 @contextlib.contextmanager
-def shown(run: RunFolder, *, quiet: bool, as_json: bool) -> Generator[None]:
+def shown(view: View, *, quiet: bool, as_json: bool) -> Generator[None]:
     """Show a run's progress while the block runs: a live table on a terminal, else one plain line an event.
 
     With `as_json` every event is one JSON line on standard output.
@@ -35,7 +51,7 @@ def shown(run: RunFolder, *, quiet: bool, as_json: bool) -> Generator[None]:
     console = Console(stderr=True)
     live = console.is_terminal and not as_json and not quiet
     target = _show_live if live else _show_lines
-    arguments = (run, stop, console) if live else (run, stop, quiet, as_json)
+    arguments = (view, stop, console) if live else (view, stop, quiet, as_json)
     thread = threading.Thread(target=target, args=arguments, daemon=True)
     thread.start()
     try:
@@ -45,7 +61,8 @@ def shown(run: RunFolder, *, quiet: bool, as_json: bool) -> Generator[None]:
         thread.join(timeout=10)
 
 
-def _show_lines(run: RunFolder, stop: threading.Event, quiet: bool, as_json: bool) -> None:
+def _show_lines(view: View, stop: threading.Event, quiet: bool, as_json: bool) -> None:
+    run = view.run
     started, seen_events, seen_rows, announced = time.monotonic(), 0, 0, 0
     while True:
         last = stop.is_set()
@@ -53,32 +70,33 @@ def _show_lines(run: RunFolder, stop: threading.Event, quiet: bool, as_json: boo
         for event in events[seen_events:]:
             if as_json:
                 click.echo(json.dumps(event))
-            elif not quiet and (event["level"] != "info" or event["type"] in ("publish", "round")):
+            elif not quiet and (event["level"] != "info" or event["type"] in SAID):
                 click.echo(f"[{_clock(started)}] {event['message']}", err=True)
         for row in rows[seen_rows:]:
             if not quiet and not as_json:
-                click.echo(f"[{_clock(started)}] {_row_text(row)}", err=True)
-        steps = len(_steps(run))
-        if not quiet and not as_json and steps - announced >= _announce_every(run.job()):
+                click.echo(f"[{_clock(started)}] {row_text(row)}", err=True)
+        steps = len(view.steps()) if view.steps else 0
+        if not quiet and not as_json and steps - announced >= _announce_every(view):
             announced = steps
-            click.echo(f"[{_clock(started)}] {_step_text(run, steps)}", err=True)
+            click.echo(f"[{_clock(started)}] {_step_text(view, steps)}", err=True)
         seen_events, seen_rows = len(events), len(rows)
         if last:
             return
         stop.wait(REFRESH_S)
 
 
-def _announce_every(job: Job) -> int:
-    return max(1, job.train.local_steps * len(site_names(job)) // 4)
+def _announce_every(view: View) -> int:
+    return max(1, view.run.job().train.local_steps * len(view.sites) // 4)
 
 
-def _step_text(run: RunFolder, steps: int) -> str:
-    job = run.job()
-    total = job.steps * len(site_names(job))
-    return f"round {run.state()['round']}/{job.run.rounds}: {steps} of {total} site steps taken"
+def _step_text(view: View, steps: int) -> str:
+    job = view.run.job()
+    total = job.steps * len(view.sites)
+    return f"round {view.run.state()['round']}/{job.run.rounds}: {steps} of {total} site steps taken"
 
 
-def _row_text(row: dict[str, Any]) -> str:
+def row_text(row: dict[str, Any]) -> str:
+    """A row of metrics of the whole federation, for people."""
     name = "base model" if row["round"] == 0 else f"round {row['round']}"
     parts = [f"{name}: loss {row['valid_loss']:.3f}"]
     if row.get("accuracy") is not None:
@@ -88,39 +106,36 @@ def _row_text(row: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _show_live(run: RunFolder, stop: threading.Event, console: Console) -> None:
+def _show_live(view: View, stop: threading.Event, console: Console) -> None:
     started = time.monotonic()
     with Live(console=console, refresh_per_second=2, transient=True) as live:
         while not stop.is_set():
-            live.update(_live_table(run, started))
+            live.update(_live_table(view, started))
             stop.wait(REFRESH_S)
 
 
-def _live_table(run: RunFolder, started: float) -> Table:
+def _live_table(view: View, started: float) -> Table:
+    run = view.run
     job, state, rows = run.job(), run.state(), run.metrics()
     events = run.events()
     last = [row for row in rows if not row.get("site")][-1:]
-    caption = " · ".join([*(_row_text(row) for row in last), events[-1]["message"] if events else ""])
+    caption = " · ".join([*(row_text(row) for row in last), events[-1]["message"] if events else ""])
     title = f"{run.run_id}  {state['status'].upper()}  round {state['round']}/{job.run.rounds}  {_clock(started)}"
     table = Table(title=title, caption=Text(caption), title_justify="left", caption_justify="left")
     for name in ("site", "step", "eps spent / cap", "up/down MB"):
         table.add_column(name)
-    steps = _steps(run)
-    for site in site_names(job):
+    steps = view.steps() if view.steps else ()
+    for site in view.sites:
         own = [row for row in rows if row.get("site") == site]
         done = max((s["step"] for s in steps if s["site"] == site and s["round"] == state["round"]), default=0)
         spent = own[-1]["epsilon"] if own else (None if job.privacy.level == "none" else 0.0)
         table.add_row(
             site,
-            f"{done}/{job.train.local_steps}",
+            f"{done}/{job.train.local_steps}" if view.steps else "-",
             "no guarantee" if spent is None else f"{spent:.2f} / {job.privacy.epsilon:.2f}",
             f"{sum(r['bytes_up'] for r in own) / 1e6:.2f}/{sum(r['bytes_down'] for r in own) / 1e6:.2f}",
         )
     return table
-
-
-def _steps(run: RunFolder) -> list[dict[str, Any]]:
-    return read_lines(work_folder(run.run_id) / "progress.jsonl")
 
 
 def _clock(started: float) -> str:
@@ -190,3 +205,25 @@ def _short(path: Path) -> str:
     with contextlib.suppress(ValueError):
         return str(path.relative_to(Path.cwd()))
     return str(path)
+
+
+def raise_outcome(run: RunFolder) -> None:
+    """Raise what ended a run, with its exit code there; nothing if it succeeded. Other processes may have run it."""
+    state = run.state()
+    if state["status"] == "succeeded":
+        return
+    fault: dict[str, Any] = state["error"] or {
+        "code": "E-RUN",
+        "message": f"the run was {state['status']}",
+        "exit_code": 1,
+    }
+    raise ended(fault["code"], fault["message"], fault["exit_code"], fault.get("hint"))
+
+
+def show_result(run: RunFolder, *, as_json: bool) -> None:
+    """Print the result of a run that succeeded: tables, or the last JSON line, which says that it is the last."""
+    if as_json:
+        envelope = {"schema_version": ENVELOPE_VERSION, "status": "ok", "terminal": True, "data": run.summary()}
+        click.echo(json.dumps({**envelope, "run": str(run.path)}))
+    else:
+        click.echo(result_text(run))
