@@ -28,6 +28,7 @@ COMMANDS: dict[str, Entry] = {
     "recipes": Entry("cotune.simulations.commands:recipes", "List the built-in jobs, or show one."),
     "data": Entry("cotune.client.commands:data", "Check record files; fetch the demo sets."),
     "site": Entry("cotune.client.site_commands:site", "Look after a site: policy, budget, ledger, jobs."),
+    "fed": Entry("cotune.server.fed_commands:fed", "Look after a coordinator: start and stop it, let sites in."),
     "config": Entry("cotune.shared.commands.job:config", "Validate, show or describe a job file."),
     "plan": Entry("cotune.shared.commands.job:plan", "What a job will cost, before any data is touched."),
     "simulate": Entry("cotune.simulations.commands:simulate", "Run a job over sites on this machine."),
