@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from cotune.shared.job import Job
 from cotune.shared.model import BaseModel, load_model
 
 OUTPUT_LAYERS = ("lm_head", "embed_tokens", "classifier", "score")
+_ADAPTERS: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()  # asking PEFT takes as long as a small model
 
 
 def peft_config(job: Job, model: Any) -> Any:
@@ -88,7 +90,7 @@ def attach(model: Any, job: Job) -> Any:
 
     with quiet_peft():
         adapted = get_peft_model(model, peft_config(job, model))
-    parameters = _parameters(adapted)
+    parameters = _named(adapted)
     for name, parameter in parameters.items():
         factor = factor_of(name)
         # The core has no parameter of its own: B's gradient gives the core's.
@@ -108,7 +110,7 @@ def quiet_peft() -> Generator[None]:
 
 def layout(adapted: Any, rule: Rule) -> Layout:
     """Names and shapes of an attached adapter; with a core, it is what is trained in B's place."""
-    parameters = _parameters(adapted)
+    parameters = _named(adapted)
     shapes: dict[str, tuple[int, ...]] = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
     if rule.core:
@@ -196,6 +198,11 @@ def save(folder: Path, arrays: Mapping[str, Vector], config: Mapping[str, Any], 
 
 
 def _parameters(adapted: Any) -> dict[str, Any]:
+    """What `_named` said of this model the last time."""
+    return _ADAPTERS.get(adapted) or _named(adapted)
+
+
+def _named(adapted: Any) -> dict[str, Any]:
     """The adapter's parameters under the names PEFT saves them by, sorted."""
     from peft import get_peft_model_state_dict
 
@@ -207,7 +214,8 @@ def _parameters(adapted: Any) -> dict[str, Any]:
     }
     if saved.keys() != live.keys():
         raise ModelError("E-LORA-NAMES", "PEFT would save other tensors than are trained; this version is unsupported")
-    return {name: live[name] for name in sorted(live)}
+    _ADAPTERS[adapted] = {name: live[name] for name in sorted(live)}
+    return _ADAPTERS[adapted]
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
