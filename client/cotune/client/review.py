@@ -12,6 +12,7 @@ from cotune.client.coordinators import joined_keys
 from cotune.client.decisions import Standing
 from cotune.client.home import SiteHome
 from cotune.client.rules import BUDGET_RULES, RULES, Refusal, Request, unknown_dataset
+from cotune.shared.bundle import bundle_sha256
 from cotune.shared.errors import CotuneError, PrivacyError
 from cotune.shared.job import Job
 from cotune.shared.jobfile import load_job
@@ -141,7 +142,12 @@ def what_leaves(job: Job) -> list[str]:
 
 
 def _summary(home: SiteHome, sha256: str, standing: Standing) -> dict[str, Any]:
-    row: dict[str, Any] = {"job_sha256": sha256, "state": standing.state, "rules": list(standing.rules)}
+    row: dict[str, Any] = {
+        "job_sha256": sha256,
+        "bundle_sha256": bundle_sha256(),  # this version's own: a job that comes with another is refused
+        "state": standing.state,
+        "rules": list(standing.rules),
+    }
     try:
         job = home.jobs.job(sha256)
     except CotuneError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ class Site:
         mechanism = mechanism_of(job, plan.clipping_norm)
         self.guard.reserve(plan, dataset, mechanism.event(job.train.local_steps))
         start = self._start(plan, arrays, trainer.layout)
-        torch.set_num_threads(job.simulation.threads if job.simulation.threads != "auto" else 1)
+        torch.set_num_threads(job.simulation.threads if job.simulation.threads != "auto" else os.cpu_count() or 1)
         features = Features(trainer.network, data.examples, self.work)
         result = trainer.train_round(start, data, features, mechanism, self._stream(plan), progress)
         return self._release(plan, start, result, trainer.layout)

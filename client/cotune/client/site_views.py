@@ -151,6 +151,7 @@ def jobs_text(home: SiteHome, rows: Sequence[dict[str, Any]]) -> str:
         lines += [
             f"{row['job_sha256'][:12]}  {row['state']}{by}  {row['name'] or ''}",
             f"  {row['cost']}",
+            f"  code    bundle {row['bundle_sha256'][:12]}, the one of this site's own version; none other is let in",
             *(f"  leaves  {each}" for each in row["leaves"]),
         ]
     return "\n".join(lines if rows else [*lines, "no job came yet"])

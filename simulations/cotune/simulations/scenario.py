@@ -65,6 +65,9 @@ def prepare_run(source: str, overrides: Sequence[str], out: Path, say: Callable[
     """
     path = job_file(source)
     job = resolve(load_job(path, overrides))
+    if job.data.deployed:
+        what = "the job names enrolled sites, whose records are not here"
+        raise JobError("E-SITES-AWAY", what, param="data.sites", hint=f"cotune submit {source}")
     say("records (a demo set is fetched the first time) ...")
     job = _with_data(job)
     check_sites(job, {site: site_records(job, site) for site in site_names(job)}, say)
