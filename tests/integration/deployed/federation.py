@@ -119,6 +119,7 @@ class Federation:
         sites: By name.
         relay: The line between sites and coordinator.
         others: Machines that are nobody's yet, by name.
+        model_sha256: The base model that every site allows.
         ups: What keeps each party up, by machine name.
     """
 
@@ -127,6 +128,7 @@ class Federation:
     sites: dict[str, Party]
     relay: Wire
     others: dict[str, Machine]
+    model_sha256: str
     ups: dict[str, subprocess.Popen[Any]] = field(default_factory=dict)
 
     def run_folder(self, run_id: str) -> RunFolder:
@@ -145,6 +147,9 @@ class Federation:
         chosen = [word for option, value in options.items() for word in (f"--{option}", value)]
         what = ["--name", name, "--dataset", DATASET, "--data", str(records), "--simulated"]
         site.tell("site", "init", *what, *chosen)
+        policy = site.home / "policy.toml"
+        allowed = policy.read_text().replace("models = []", f'models = ["sha256:{self.model_sha256}"]')
+        policy.write_text(allowed)
         invite = self.coordinator.tell("fed", "approve", str(site.home / "request.json"))["invite"]
         site.tell("site", "join", invite)
         self.sites[name] = site
@@ -176,7 +181,7 @@ class Federation:
 
     def online(self) -> set[str]:
         """The sites whose couriers the coordinator can reach."""
-        return {site["site"] for site in self.coordinator.tell("fed", "sites")["sites"] if site.get("online")}
+        return {site["site"] for site in self.coordinator.tell("fed", "sites")["sites"] if site["courier"] == "online"}
 
     def await_online(self, names: Sequence[str], patience_s: float = PATIENCE_S) -> None:
         """Wait until these sites can be reached."""
@@ -206,30 +211,55 @@ def await_until(holds: Callable[[], object], otherwise: str, patience_s: float, 
 
 
 @contextlib.contextmanager
+def small_disk(place: Path, mib: int) -> Generator[None]:
+    """A file system of its own, so that it can be filled; it holds what the folder held."""
+    place.mkdir(parents=True, exist_ok=True)
+    options = f"size={mib}m,mode=0700"
+    held = {file.name: file.read_bytes() for file in place.iterdir()}
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], check=True, capture_output=True)
+    try:
+        for name, content in held.items():
+            (place / name).write_bytes(content)
+            (place / name).chmod(0o600)
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=False, capture_output=True)
+
+
+@contextlib.contextmanager
 def federation(
-    folder: Path, sites: Sequence[str] = SITES, spare: Sequence[str] = (), record: Path | None = None
+    folder: Path,
+    model_sha256: str,
+    sites: Sequence[str] = SITES,
+    spare: Sequence[str] = (),
+    record: Path | None = None,
+    disks: Mapping[str, int] | None = None,
 ) -> Generator[Federation]:
     """A coordinator, a line in front of it and sites that joined it, all up; ended afterwards, whatever happened.
 
     Args:
         folder: For all homes.
+        model_sha256: The base model that the sites' administrators allow.
         sites: Their names; each has a machine.
         spare: More machines.
         record: A folder for all that passes between sites and gateway, in clear.
+        disks: Folders below `folder` that are small disks, and their size in MiB.
     """
     names = ["coordinator", "relay", *sites, *spare]
-    with machines(names) as made:
+    disks = disks or {}
+    with machines(names) as made, contextlib.ExitStack() as mounted:
         coordinator = Party(made["coordinator"], folder / "coordinator" / "home", "fed")
         coordinator.home.parent.mkdir(parents=True)
         public = f"{made['relay'].address}:{PORT}"
         coordinator.tell("fed", "init", "--name", NAME, "--address", public)
+        for place, mib in disks.items():
+            mounted.enter_context(small_disk(folder / place, mib))
         tls = coordinator.home / "tls"
         ends = [tls / "server.crt", tls / "server.key", tls / "ca.crt", record] if record else []
-        # The recorder calls the gateway by the name that is in its certificate, which is the relay's address.
         behind = f"{made['coordinator'].address}:{PORT}"
         with wire(made["relay"], public, behind, ends) as relay:
             others = {name: made[name] for name in (*sites, *spare)}
-            made_up = Federation(folder, coordinator, {}, relay, others)
+            made_up = Federation(folder, coordinator, {}, relay, others, model_sha256)
             try:
                 made_up.up(coordinator)
                 for name in sites:

@@ -194,6 +194,7 @@ def main() -> None:
         proxy.server_tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         proxy.server_tls.load_cert_chain(certificate, key)
         proxy.client_tls = ssl.create_default_context(cafile=str(ca))
+        proxy.client_tls.check_hostname = False  # the certificate is for the proxy's address
         proxy.record.mkdir(parents=True, exist_ok=True)
     asyncio.run(serve(proxy, *chosen.listen))
 
