@@ -91,7 +91,7 @@ async def serve(gate: Gate) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    timeout = httpx.Timeout(60, connect=5, pool=10)
+    timeout = httpx.Timeout(60, connect=30)  # a SuperLink that is gone refuses at once, a busy one is slow
     async with httpx.AsyncClient(
         base_url=gate.upstream, verify=verify, limits=limits, timeout=timeout, trust_env=False
     ) as client:

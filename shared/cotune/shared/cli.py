@@ -29,6 +29,7 @@ COMMANDS: dict[str, Entry] = {
     "data": Entry("cotune.client.commands:data", "Check record files; fetch the demo sets."),
     "site": Entry("cotune.client.site_commands:site", "Look after a site: policy, budget, ledger, jobs."),
     "fed": Entry("cotune.server.fed_commands:fed", "Look after a coordinator: start and stop it, let sites in."),
+    "doctor": Entry("cotune.shared.commands.doctor:doctor", "What is open at this installation, or about to break."),
     "config": Entry("cotune.shared.commands.job:config", "Validate, show or describe a job file."),
     "plan": Entry("cotune.shared.commands.job:plan", "What a job will cost, before any data is touched."),
     "simulate": Entry("cotune.simulations.commands:simulate", "Run a job over sites on this machine."),
@@ -51,14 +52,24 @@ COMMANDS: dict[str, Entry] = {
 
 
 RECIPES = "cotune.simulations.scenario:recipe_path"  # the shared room imports no other: looked up by name
+INSPECTIONS = {  # whose home: where it is if nothing is said, and what is wrong with it
+    "coordinator": ("cotune.shared.finding:coordinators_folder", "cotune.server.inspection:inspect"),
+    "site": ("cotune.client.home:default_home", "cotune.client.inspection:inspect"),
+}
+RUNNING = "cotune.server.superlinks:superlink_faults"
+
+
+def named(target: str) -> Any:
+    """What a table names, imported now."""
+    module_name, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module_name), attribute)
 
 
 def job_file(source: str) -> Path:
     """A job file's path; `recipe:NAME` is one that ships with cotune."""
     if not source.startswith("recipe:"):
         return Path(source)
-    module_name, _, attribute = RECIPES.partition(":")
-    return getattr(importlib.import_module(module_name), attribute)(source.removeprefix("recipe:"))
+    return named(RECIPES)(source.removeprefix("recipe:"))
 
 
 class LazyGroup(click.Group):
@@ -93,8 +104,7 @@ def _load(name: str, entry: Entry) -> click.Command:
     import typer
     from typer.main import get_command
 
-    module_name, _, attribute = entry.target.partition(":")
-    target = getattr(importlib.import_module(module_name), attribute)
+    target = named(entry.target)
     if isinstance(target, typer.Typer):
         command = get_command(target)
     else:
