@@ -130,6 +130,7 @@ def run_cotune(job: Job, coordinator: Party, rounds: int, folder: Path) -> dict[
     started = time.time()
     with watched(os.getpid()) as watch, contextlib.ExitStack() as stack:
         stack.enter_context(coordinator.up("fed"))
+        _await(lambda: is_up(coordinator), START_S, "the coordinator did not come up")
         deployed, sites = write_deployed(job, folder)
         for name, rows in sites.items():
             stack.enter_context(join(coordinator, folder / name, rows, locate(job).sha256).up("site"))
@@ -177,6 +178,14 @@ def join(coordinator: Party, home: Path, rows: Path, model_sha256: str) -> Party
     policy.write_text(policy.read_text().replace("models = []", f'models = ["sha256:{model_sha256}"]'))
     site.tell("site", "join", coordinator.tell("fed", "approve", str(home / "request.json"))["invite"])
     return site
+
+
+def is_up(coordinator: Party) -> bool:
+    """Whether its SuperLink answers."""
+    from cotune.server.fedhome import FedHome
+    from cotune.server.up import is_open
+
+    return is_open(FedHome.open(coordinator.home))
 
 
 def online(coordinator: Party) -> set[str]:

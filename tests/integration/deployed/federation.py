@@ -80,6 +80,17 @@ class Party:
             raise Refused(words, done.returncode, done.stdout + done.stderr)
         return json.loads(done.stdout.strip().splitlines()[-1])["data"]
 
+    def let_in(self, site: Party, patience_s: float = PATIENCE_S) -> str:
+        """A coordinator's `cotune fed approve`, again while its SuperLink starts; the invitation."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                return self.tell("fed", "approve", str(site.home / "request.json"))["invite"]
+            except Refused as refused:
+                if "E-SUPERLINK" not in refused.said or time.monotonic() > deadline:
+                    raise
+            time.sleep(LOOK_S)
+
     def up(self) -> subprocess.Popen[Any]:
         """`cotune fed up` or `cotune site up`, as a process of its own."""
         log = self.home.parent / f"{self.home.name}-up.log"
@@ -150,8 +161,7 @@ class Federation:
         policy = site.home / "policy.toml"
         allowed = policy.read_text().replace("models = []", f'models = ["sha256:{self.model_sha256}"]')
         policy.write_text(allowed)
-        invite = self.coordinator.tell("fed", "approve", str(site.home / "request.json"))["invite"]
-        site.tell("site", "join", invite)
+        site.tell("site", "join", self.coordinator.let_in(site))
         self.sites[name] = site
         return site
 

@@ -170,8 +170,7 @@ def test_what_one_coordinator_spent_another_cannot_spend_again(story: Story) -> 
     rival.home.parent.mkdir()
     rival.tell("fed", "init", "--name", "rival", "--address", f"{rival.machine.address}:{PORT}")
     made.up(rival)
-    await_until(lambda: _approves(rival, site), "the rival did not come up", 600, made)
-    site.tell("site", "join", _approves(rival, site))
+    site.tell("site", "join", rival.let_in(site))
     made.ups["site-4"].terminate()
     made.ups["site-4"].wait()
     made.up(site)
@@ -224,10 +223,3 @@ def _await_round(made: Federation, run: RunFolder) -> None:
         return any(event["type"] == "round" for event in run.events()) or run.state()["status"] == "failed"
 
     await_until(is_there, "no round was finished", 600, made)
-
-
-def _approves(rival: Party, site: Party) -> str:
-    try:
-        return rival.tell("fed", "approve", str(site.home / "request.json"))["invite"]
-    except Refused:
-        return ""
