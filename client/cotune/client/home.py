@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import shutil
-import stat
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +16,8 @@ from cotune.client.policy import POLICY_FILE, DatasetPolicy, Policy, granting, p
 from cotune.client.updates import Updates
 from cotune.shared.chain import RESTORE
 from cotune.shared.errors import JobError, RefusedError, StorageError
-from cotune.shared.files import storage_errors, sync_folder, write_atomic
+from cotune.shared.files import storage_errors, write_atomic
+from cotune.shared.homes import make_home, require_private
 from cotune.shared.job import Job
 from cotune.shared.jobfile import read_text
 from cotune.shared.keyfile import SigningKey
@@ -66,17 +63,14 @@ class SiteHome:
             StorageError: The folder cannot be written.
         """
         path = path.absolute()
-        with storage_errors(path):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        try:
+
+        def furnish(draft: Path) -> None:
             _furnish(draft, policy)
             home = cls.open(draft)
             if granted:
                 home.jobs.approve(granted, by="policy")
-            _move(draft, path)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+
+        make_home(path, furnish, taken(path))
         return cls.open(path)
 
     @classmethod
@@ -94,7 +88,7 @@ class SiteHome:
             JobError: The policy has a fault.
         """
         path = path.absolute()
-        _check_private(path)
+        require_private(path, "E-SITE-HOME", "a site's home", "cotune site init")
         key = SigningKey.load(path / "site.key")
         if not (path / "ledger.jsonl").exists():
             raise StorageError("E-LEDGER-BEHIND", f"{path}: the ledger is gone", hint=RESTORE)
@@ -208,47 +202,14 @@ def _furnish(folder: Path, policy: Policy) -> None:
     )
 
 
-def _move(draft: Path, path: Path) -> None:
-    refuse_taken(path)
-    with storage_errors(path):
-        try:
-            draft.rename(path)
-        except OSError as error:
-            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-                refuse_taken(path)
-            raise
-        sync_folder(path.parent)
-
-
-def refuse_taken(path: Path) -> None:
-    """Refuse a place for a new home where there is anything.
-
-    Raises:
-        JobError: E-SITE-EXISTS.
-    """
-    if path.exists() or path.is_symlink():
-        raise JobError(
-            "E-SITE-EXISTS",
-            f"{path}: there is something already; a site's home is never overwritten",
-            param="--home",
-            hint="cotune site policy, or give another --home",
-        )
-
-
-def _check_private(path: Path) -> None:
-    try:
-        info = path.lstat()
-    except OSError as error:
-        raise StorageError(
-            "E-SITE-HOME", f"{path}: expected a site's home ({error.strerror})", hint="cotune site init"
-        ) from None
-    if not stat.S_ISDIR(info.st_mode):
-        raise StorageError("E-SITE-HOME", f"{path}: expected a folder", hint="cotune site init")
-    if info.st_uid != os.geteuid():
-        raise StorageError("E-SITE-HOME", f"{path}: belongs to another user", hint="run cotune as its owner")
-    if info.st_mode & 0o077:
-        mode = stat.S_IMODE(info.st_mode)
-        raise StorageError("E-SITE-HOME", f"{path}: its mode is {mode:o}, others may enter", hint=f"chmod 700 {path}")
+def taken(path: Path) -> JobError:
+    """Where a new home was to be made, there is something."""
+    return JobError(
+        "E-SITE-EXISTS",
+        f"{path}: there is something already; a site's home is never overwritten",
+        param="--home",
+        hint="cotune site policy, or give another --home",
+    )
 
 
 def _public_line(path: Path) -> tuple[str, str]:

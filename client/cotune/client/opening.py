@@ -8,9 +8,10 @@ from typing import Any
 
 from cotune.client.checks import Finding, RecordFile, check_file, check_units, read_file, unit_error
 from cotune.client.data import unit_of
-from cotune.client.home import SiteHome, refuse_taken
+from cotune.client.home import SiteHome, taken
 from cotune.client.policy import POLICY_FILE, DatasetPolicy
 from cotune.shared.errors import PrivacyError
+from cotune.shared.homes import refuse_taken
 from cotune.shared.jobfile import validate
 from cotune.shared.records import bad_rows
 
@@ -29,7 +30,7 @@ def open_new_site(home: Path, site: Mapping[str, Any], dataset: Mapping[str, Any
         PrivacyError: delta_total would let one unit be published whole.
     """
     policy = validate({"site": dict(site), "dataset": [dataset]}, POLICY_FILE, origin="cotune site init")
-    refuse_taken(home)
+    refuse_taken(home, taken(home))
     findings = _checked(policy.dataset[0])
     return SiteHome.create(home, policy), findings
 
