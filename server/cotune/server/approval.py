@@ -41,6 +41,7 @@ class Approval:
         self._path = run.privacy / "approvals.json"
         self._standings = self._kept()
         self._said: dict[str, str] = {}
+        self._turned_away: set[str] = set()
 
     def obtain(self, fleet: Proposing) -> list[str]:
         """Ask until every site has answered or time is over; the sites that approved.
@@ -83,6 +84,8 @@ class Approval:
     def _take(self, answer: JobStanding | SiteFailure) -> None:
         if isinstance(answer, JobStanding) and not self._is_genuine(answer):
             answer = SiteFailure(site=answer.site, code="E-STANDING", message="its answer is not signed by its own key")
+        refused = isinstance(answer, SiteFailure) and answer.exit_code == RefusedError.exit_code
+        (self._turned_away.add if refused else self._turned_away.discard)(answer.site)
         if isinstance(answer, JobStanding):
             self._standings[answer.site] = answer
             write_json(self._path, {s: said.model_dump() for s, said in sorted(self._standings.items())})
@@ -112,13 +115,13 @@ class Approval:
         return site in self._standings and self._standings[site].state == state
 
     def _against(self, site: str) -> bool:
-        return any(self._has(state, site) for state in SETTLED)
+        return site in self._turned_away or any(self._has(state, site) for state in SETTLED)
 
     def _require_possible(self, least: int) -> None:
         against = [site for site in sorted(self._proposals) if self._against(site)]
         if len(self._proposals) - len(against) >= max(1, least):
             return
-        words = [f"{site}: {self._said.get(site, self._standings[site].state)}" for site in against]
+        words = [f"{site}: {self._said[site]}" for site in against]
         raise RefusedError(
             "E-NOT-APPROVED",
             f"{len(against)} of {len(self._proposals)} sites said no, at least {max(1, least)} must take part."
