@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from tests.client.sites import trainer_of
-from tests.conftest import MakeJob, rows, write_rows
+from tests.conftest import rows, write_rows
 
 from cotune.client.agent_link import AgentLink
 from cotune.client.home import SiteHome
@@ -23,7 +23,7 @@ from cotune.shared.adapter import fingerprint, flat_sha256
 from cotune.shared.chain import Entry, of_round, read_chain
 from cotune.shared.codec import Payload, encode
 from cotune.shared.job import Job
-from cotune.shared.jobfile import validate
+from cotune.shared.jobfile import parse_job, validate
 from cotune.shared.methods import initial_values
 from cotune.shared.model import locate
 from cotune.shared.plan import RoundPlan
@@ -44,17 +44,18 @@ class RealSite:
     base: dict[str, Any]
 
     @classmethod
-    def make(cls, folder: Path, make_job: MakeJob, home: Path | None = None, **sections: Any) -> RealSite:
-        """Make it; settings of its job are given as section=dict."""
+    def make(cls, folder: Path, model: Path, home: Path | None = None) -> RealSite:
+        """Make it."""
         notes = write_rows(folder / "notes.jsonl", rows(40))
-        whole = {
+        settings = {
             "run": {"name": "study", "seed": 3, "rounds": 50},
-            "data": {"train": None, "sites": {NAME: "site:"}, "dataset": "notes", "records_per_site": 40},
+            "model": {"base": str(model), "max_length": 32},
+            "lora": {"r": 2, "alpha": 4.0, "last_layers": 2},
+            "data": {"sites": {NAME: "site:"}, "dataset": "notes", "records_per_site": 40},
+            "train": {"batch_size": 10, "local_steps": 2, "learning_rate": 0.5, "microbatch": 4},
             "privacy": {"epsilon": 100.0, "noise_multiplier": 20.0, "delta": 1e-5},
-            "federation": {"min_sites": 1},
-            "eval": {"data": None},
         }
-        job = make_job(**{name: {**whole.get(name, {}), **sections.get(name, {})} for name in {*whole, *sections}})
+        job = parse_job({"schema": 1, **settings}, origin="test")
         budget = {"epsilon_total": 100.0, "epsilon_per_run": 100.0, "delta_total": 1e-5}
         policy = {
             "site": {"name": NAME},

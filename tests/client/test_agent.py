@@ -29,8 +29,8 @@ from cotune.shared.update import AdapterUpdate, Answer, SiteFailure, payload_sha
 
 
 @pytest.fixture
-def site(tmp_path: Path, make_job: Any) -> RealSite:
-    return RealSite.make(tmp_path, make_job)
+def site(tmp_path: Path, tiny_causal: Path) -> RealSite:
+    return RealSite.make(tmp_path, tiny_causal)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from cotune.client.answering import failure_of, own_records, warm_trainer
+from cotune.client.answering import device_text, failure_of, own_records, warm_trainer
 from cotune.client.considering import consider
 from cotune.client.data import SiteExamples, prepare
 from cotune.client.frames import MAX_FRAME, answer_frame, foreign, pack, read_plan, unpack
@@ -137,8 +137,9 @@ class Agent:
     def describe(self, frame: bytes) -> bytes:
         """Who this is and what it does, without opening the home: always answered."""
         del frame  # it asks nothing
-        said = {"site": self._name, "public_key": self._key, "cotune": cotune_version(), "pid": os.getpid()}
-        return pack({"agent": {**said, "training": self._doing, "model_loads": loads()}})
+        who = {"site": self._name, "public_key": self._key, "cotune": cotune_version(), "pid": os.getpid()}
+        doing = {"training": self._doing, "model_loads": loads(), "device": device_text()}
+        return pack({"agent": {**who, **doing}})
 
     def failure(self, error: Exception) -> bytes:
         """An error as a frame."""

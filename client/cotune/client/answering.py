@@ -15,6 +15,7 @@ from cotune.shared.errors import CotuneError
 from cotune.shared.job import Job
 from cotune.shared.jobfile import parse_job
 from cotune.shared.model import locate
+from cotune.shared.placement import device
 from cotune.shared.records import Record, read_records
 from cotune.shared.update import SiteFailure
 from cotune.shared.warm import warm_network
@@ -52,6 +53,15 @@ def own_records(home: SiteHome, dataset: DatasetPolicy, job: Job) -> list[Record
         DataError: The file cannot be read, or a row of it cannot be used.
     """
     return read_records(home.data_path(dataset), job.data.format)
+
+
+def device_text() -> str:
+    """Where models run here, for people."""
+    where = device()
+    if where.type == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads"
+    free, total = torch.cuda.mem_get_info(where)
+    return f"{torch.cuda.get_device_name(where)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
 
 
 def failure_of(site: str, error: Exception) -> SiteFailure:

@@ -10,6 +10,7 @@ import secrets
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from cotune.client.ledger import Ledger
 from cotune.client.policy import DatasetPolicy
@@ -17,6 +18,7 @@ from cotune.shared.errors import DataError, RefusedError
 from cotune.shared.files import write_atomic
 
 SALT_BYTES = 32
+FileState = Literal["new", "unchanged", "changed"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,6 +64,21 @@ class DataFiles:
             DataError: The file cannot be read (E-DATA-FILE).
             RefusedError: It is, or was, another data set's file (E-DATASET-SAME).
         """
+        state, digest = self._looked_at(dataset)
+        if state == "new":
+            self.ledger.append("data.register", dataset=dataset.id, unit=dataset.unit, digest=digest)
+        elif state == "changed":
+            self.ledger.append("data.change", dataset=dataset.id, digest=digest)
+
+    def state(self, dataset: DatasetPolicy) -> FileState:
+        """How a data set's file stands to what the ledger knows of it; nothing is logged.
+
+        Raises:
+            DataError, RefusedError: As `note`.
+        """
+        return self._looked_at(dataset)[0]
+
+    def _looked_at(self, dataset: DatasetPolicy) -> tuple[FileState, str]:
         digest, digests = self._digest(dataset), self.digests()
         for other, known in digests.items():
             if other != dataset.id and digest in known:
@@ -72,9 +89,8 @@ class DataFiles:
                     hint=f"name `{other}` in the job, or give `{dataset.id}` other records",
                 )
         if dataset.id not in digests:
-            self.ledger.append("data.register", dataset=dataset.id, unit=dataset.unit, digest=digest)
-        elif digests[dataset.id][-1] != digest:
-            self.ledger.append("data.change", dataset=dataset.id, digest=digest)
+            return "new", digest
+        return ("unchanged" if digests[dataset.id][-1] == digest else "changed"), digest
 
     def _digest(self, dataset: DatasetPolicy) -> str:
         path = self.path(dataset)

@@ -33,7 +33,7 @@ LIMITS = [
 ]
 LONGEST_PATH = 107  # bytes; sockaddr_un
 SWEEP_S = 60.0
-STOP_S = 15.0
+STOP_S = 8.0  # below what a supervisor waits before it kills
 
 
 class Methods(Protocol):

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import click
 import typer
 
+from cotune.client.deployment_commands import down, status, up
+from cotune.client.files_commands import files
 from cotune.client.joining import write_request
 from cotune.client.joining_commands import join_federation, leave_federation, request
 from cotune.client.log_commands import log_app
@@ -40,6 +42,10 @@ site.add_typer(log_app, name="log")
 site.command("request")(request)
 site.command("join")(join_federation)
 site.command("leave")(leave_federation)
+site.command()(up)
+site.command()(status)
+site.command()(down)
+site.command()(files)
 
 JobReference = Annotated[str, typer.Argument(help="The first digits of a received job's hash, or a resolved job file.")]
 
