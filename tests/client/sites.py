@@ -91,7 +91,7 @@ def request(
     """A plan, and the encoded arrays that come with it: those of a whole state that this site is sent."""
     rank, codec = job.rank_of(site), job.transport.codec_down
     offset = next((array.shape[0] for name, array in arrays.items() if OFFSET_A in name), 0)
-    down = sent(trainer.layout.at_rank(rank), offset, job.train.scaffold)
+    down = sent(job.rule, trainer.layout.at_rank(rank), offset, job.train.scaffold)
     payload = encode(down.flatten(arrays), codec, number)
     decoded = decode(payload, codec, down.size)
     return plan_of(job, decoded, trainer, round=number, site=site, rank=rank, offset_rank=offset), payload

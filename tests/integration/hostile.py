@@ -178,7 +178,7 @@ class Federation:
         self._first = create_run(out / "first", job, b"")
         begin(self._first)
         self.layout, self._config = layout_of(job, locate(job))
-        self.up = returned(job.rule, self.layout, 1)
+        self.up = returned(job.rule, self.layout, 1, job.run.rounds)
         self._evaluator = GlobalEvaluator(job)
         self.given: list[AdapterUpdate] = []
         self._given: dict[str, AdapterUpdate] = {}

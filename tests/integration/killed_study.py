@@ -130,7 +130,7 @@ def replayed(run: RunFolder, homes: Mapping[str, Path]) -> dict[str, NDArray[np.
     layout, _ = layout_of(job, locate(job))
     arrays = initial_values(layout, job.run.seed)
     for number in range(1, job.run.rounds + 1):
-        trained = returned(job.rule, layout, number)
+        trained = returned(job.rule, layout, number, job.run.rounds)
         deltas: list[Mapping[str, NDArray[np.float32]]] = []
         for _, home in sorted(homes.items()):
             update = Updates(home / "updates").read(run.run_id, number)

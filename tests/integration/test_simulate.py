@@ -605,9 +605,10 @@ class Interrupted(InlineFleet):
             "train.scaffold=true",
         ),
         ("aggregation.rule=flora_stack",),
+        ("aggregation.rule=fedsa", "transport.codec_up=int8"),
         ("aggregation.optimizer=fedadam", "aggregation.learning_rate=0.01", "privacy.clipping=adaptive"),
     ],
-    ids=["plain", "codecs", "offset", "memory"],
+    ids=["plain", "codecs", "offset", "own B", "memory"],
 )
 def test_a_run_interrupted_in_the_middle_of_a_round_ends_as_the_one_that_was_not(
     job_file: Path, settings: tuple[str, ...]

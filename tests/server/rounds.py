@@ -54,7 +54,7 @@ def deltas_of(job: Job, number: int = 1, sites: Sequence[str] = SITES) -> dict[s
     """What sites send back in a round: flat, at their ranks; a site's numbers depend on its name and the round."""
     made: dict[str, Vector] = {}
     for site in sites:
-        size = returned(job.rule, layout_of(job).at_rank(job.rank_of(site)), number).size
+        size = returned(job.rule, layout_of(job).at_rank(job.rank_of(site)), number, job.run.rounds).size
         made[site] = np.random.default_rng([number, *site.encode()]).normal(size=size).astype(np.float32)
     return made
 
@@ -62,7 +62,7 @@ def deltas_of(job: Job, number: int = 1, sites: Sequence[str] = SITES) -> dict[s
 def spool_of(folder: Path, job: Job, state: Mapping[str, Vector], number: int = 1) -> Spool:
     """An empty spool for a round that starts from a state."""
     ranks = {job.rank_of(site) for site in SITES}
-    ups = {rank: returned(job.rule, layout_of(job).at_rank(rank), number) for rank in ranks}
+    ups = {rank: returned(job.rule, layout_of(job).at_rank(rank), number, job.run.rounds) for rank in ranks}
     return Spool(folder, ups, {rank: nested(state, rank) for rank in ranks}, job.aggregation.weights)
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from safetensors.numpy import load_file
 from tests.server.answers import head_of, key_of, update_of
 
+from cotune.server import coordinator
 from cotune.server.checkpoint import STATE, load_checkpoint
 from cotune.server.conduct import conduct
 from cotune.server.coordinator import Coordinator, Outcome
@@ -20,7 +22,7 @@ from cotune.shared.adapter import Vector, flat_sha256
 from cotune.shared.aggregation import returned
 from cotune.shared.chain import SignedHead, head_message, next_line, read_chain
 from cotune.shared.errors import CotuneError, RunFailed, StorageError
-from cotune.shared.methods import layout_of
+from cotune.shared.methods import initial_values, layout_of
 from cotune.shared.model import locate
 from cotune.shared.plan import LedgerRequest, RoundPlan
 from cotune.shared.planning import resolve
@@ -435,7 +437,7 @@ def test_a_run_without_any_site_ends_by_name(start) -> None:
     assert caught.value.code == "E-NO-SITE"
 
 
-@pytest.mark.parametrize("rule", ["product_svd", "alternating_rounds", "fedex", "flora_stack", "fed_sb"])
+@pytest.mark.parametrize("rule", ["product_svd", "alternating_rounds", "fedex", "flora_stack", "fed_sb", "fedsa"])
 def test_every_kind_of_rule_runs_over_codecs_both_ways_and_goes_on_as_if_never_interrupted(start, rule: str) -> None:
     ranks = {"site-2": 1} if rule in ("product_svd", "alternating_rounds", "flora_stack") else {}
     job = {"aggregation": {"rule": rule}, "lora": {"ranks": ranks}, "run": {"rounds": 3},
@@ -445,7 +447,7 @@ def test_every_kind_of_rule_runs_over_codecs_both_ways_and_goes_on_as_if_never_i
 
     def answer(plan: RoundPlan, _payload: Vector) -> Answer:
         layout = layout_of(plan.job, locate(plan.job))[0].at_rank(plan.rank)
-        size = sizes.setdefault((plan.site, plan.round), returned(plan.job.rule, layout, plan.round).size)
+        size = sizes.setdefault((plan.site, plan.round), returned(plan.job.rule, layout, plan.round, 3).size)
         delta = np.random.default_rng([plan.round, *plan.site.encode()]).standard_normal(size).astype(np.float32)
         return update_of(plan, delta / 10)
 
@@ -467,6 +469,79 @@ def test_every_kind_of_rule_runs_over_codecs_both_ways_and_goes_on_as_if_never_i
     assert all(len(hashes) == 1 + len(ranks) for hashes in by_round.values())
     assert all(np.isfinite(array).all() for array in whole.arrays.values())
     assert {name.split(".")[-2] for name in whole.arrays} == {"lora_A", "lora_B"}, "what is published is plain"
+
+
+# Adapters of single sites
+
+
+def with_own_b(plan: RoundPlan, payload: Vector) -> Answer:
+    """An update of what the round returns; its numbers depend on the site, the round and what came."""
+    layout = layout_of(plan.job, locate(plan.job))[0]
+    size = returned(plan.job.rule, layout, plan.round, plan.job.run.rounds).size
+    seed = [plan.round, *plan.site.encode(), int(flat_sha256(payload)[:8], 16)]
+    return update_of(plan, np.random.default_rng(seed).standard_normal(size).astype(np.float32))
+
+
+def own_adapters(run: RunFolder) -> dict[str, dict[str, bytes]]:
+    read = {p.name: load_file(p / "adapter_model.safetensors") for p in sorted(run.personal.iterdir())}
+    return {site: {name: array.tobytes() for name, array in arrays.items()} for site, arrays in read.items()}
+
+
+def test_each_site_ends_with_the_mean_a_and_its_own_b_and_the_run_with_the_mean_b(start) -> None:
+    run, sites = start(aggregation={"rule": "fedsa"}), Sites(dict.fromkeys(NAMES, with_own_b))
+    outcome = coordinate(run, sites)
+    layout, given = layout_of(run.job(), locate(run.job()))[0], dict[str, dict[str, Vector]]()
+    shared = layout.only([name for name in layout.trained if "lora_A" in name])
+    a = {name: array for name, array in initial_values(layout, run.job().run.seed).items() if "lora_A" in name}
+    for number in (1, 2):
+        up, plans = (shared, layout)[number - 1], [plan for plan in sites.asked if plan.round == number]
+        assert {plan.base_sha256 for plan in plans} == {flat_sha256(shared.flatten(a))}, "A alone is sent"
+        updates = {plan.site: with_own_b(plan, shared.flatten(a)) for plan in plans}
+        given = {s: up.unflatten(u.payload.view("<f4")) for s, u in updates.items() if isinstance(u, AdapterUpdate)}
+        means = {n: sum(1 / 3 * given[s][n].astype("f8") for s in NAMES) for n in up.trained}
+        a = {name: (array + means[name]).astype(np.float32) for name, array in a.items()}
+    saved = own_adapters(run)
+    assert set(saved) == set(NAMES)
+    for name in layout.trained:
+        for site in NAMES:
+            wanted = outcome.arrays[name] if name in a else given[site][name]
+            assert saved[site][name] == wanted.tobytes()
+        np.testing.assert_array_equal(outcome.arrays[name], a[name] if name in a else np.float32(means[name]))
+    rounds = [event["data"] for event in run.events() if event["type"] == "round"]
+    assert ["bias" in data for data in rounds] == [False, True], "as long as sites keep B there are no products"
+
+
+@pytest.mark.parametrize("after", ["the last round", "the last checkpoint"])
+def test_the_sites_own_adapters_are_those_of_a_run_that_was_not_interrupted(start, monkeypatch, after: str) -> None:
+    whole = start(aggregation={"rule": "fedsa"})
+    expected_bits = bits(coordinate(whole, Sites(dict.fromkeys(NAMES, with_own_b))))
+    run, step = start(aggregation={"rule": "fedsa"}), {"the last round": "save_checkpoint"}.get(after, "score_personal")
+    real, seen = getattr(coordinator, step), list[int]()
+
+    def dies(*given: Any) -> Any:
+        seen.append(1)
+        if len(seen) == (ROUNDS if step == "save_checkpoint" else 1):
+            raise KeyboardInterrupt
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(coordinator, step, dies)
+        with pytest.raises(KeyboardInterrupt):
+            coordinate(run, Sites(dict.fromkeys(NAMES, with_own_b)))
+    assert set(own_adapters(run)) == set(NAMES)
+    assert bits(coordinate(run, Sites(dict.fromkeys(NAMES, with_own_b)))) == expected_bits
+    assert own_adapters(run) == own_adapters(whole)
+
+
+def test_a_site_that_misses_the_last_round_has_no_adapter_of_its_own_and_is_named(start) -> None:
+    def late(plan: RoundPlan, payload: Vector) -> Answer:
+        return refuse(plan, payload) if plan.round == ROUNDS else with_own_b(plan, payload)
+
+    run = start(aggregation={"rule": "fedsa"})
+    (run.personal / "site-2").mkdir(parents=True)  # of a last round that was interrupted, when it was there
+    coordinate(run, Sites({"site-1": with_own_b, "site-2": late, "site-3": with_own_b}))
+    assert set(own_adapters(run)) == {"site-1", "site-3"}
+    assert "site-2: no update in the last round, so it has no adapter of its own" in said(run, "site-2")
 
 
 # What it cost

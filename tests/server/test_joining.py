@@ -91,7 +91,7 @@ def test_a_linear_rule_adds_the_mean_of_equal_weights_to_what_the_round_trains(t
         arrays = joined(tmp_path, job, deltas, number=number).arrays
         assert arrays.keys() == state.keys()
         mean = np.mean([delta.astype(np.float64) for delta in deltas.values()], axis=0).astype(np.float32)
-        moved = returned(job.rule, layout_of(job), number).unflatten(mean)
+        moved = returned(job.rule, layout_of(job), number, job.run.rounds).unflatten(mean)
         for name in state:
             if name in moved:
                 np.testing.assert_allclose(arrays[name], state[name] + moved[name], rtol=1e-6, atol=1e-6)
@@ -159,7 +159,7 @@ def products(arrays: Mapping[str, Vector]) -> dict[str, Any]:
 def test_an_exact_rules_product_is_the_mean_of_the_sites_products(tmp_path: Path, rule: RuleName) -> None:
     job = job_of(aggregation={"rule": rule})
     state, deltas = start_of(job), deltas_of(job)
-    up = returned(job.rule, layout_of(job), 1)
+    up = returned(job.rule, layout_of(job), 1, job.run.rounds)
     each = [
         products({**state, **{n: state[n] + moved for n, moved in up.unflatten(delta).items()}})
         for delta in deltas.values()

@@ -27,7 +27,7 @@ def with_offset(state: Mapping[str, Vector], rank: int) -> dict[str, Vector]:
 
 def read(job: Job, payload: np.ndarray, rank: int, offset_rank: int = 0) -> tuple[dict[str, Vector], str]:
     """What a site of this rank reads, as `Site.train` does, and the hash it finds."""
-    down = sent(layout_of(job).at_rank(rank), offset_rank, job.train.scaffold)
+    down = sent(job.rule, layout_of(job).at_rank(rank), offset_rank, job.train.scaffold)
     flat = decode(payload, job.transport.codec_down, down.size)
     return down.unflatten(flat), flat_sha256(flat)
 
@@ -45,7 +45,9 @@ def test_a_site_decodes_what_the_coordinator_says_it_starts_from(codec: str, ran
     assert made.arrays.keys() == exact.keys()
     different = [name for name in arrays if made.arrays[name].tobytes() != exact[name].tobytes()]
     assert bool(different) == (codec != "fp32")
-    assert made.payload.nbytes == encoded_bytes(codec, sent(layout_of(job).at_rank(rank), 0, controls=False).size)
+    assert made.payload.nbytes == encoded_bytes(
+        codec, sent(job.rule, layout_of(job).at_rank(rank), 0, controls=False).size
+    )
 
 
 @pytest.mark.parametrize("codec", LOSSY)
@@ -76,7 +78,7 @@ def test_a_smaller_rank_is_sent_the_first_rows_of_a_and_columns_of_b() -> None:
     for module in ("m0", "m1"):
         np.testing.assert_array_equal(made.arrays[f"{module}.lora_A.weight"], state[f"{module}.lora_A.weight"][:2])
         np.testing.assert_array_equal(made.arrays[f"{module}.lora_B.weight"], state[f"{module}.lora_B.weight"][:, :2])
-    assert made.up == returned(job.rule, layout_of(job).at_rank(2), 1)
+    assert made.up == returned(job.rule, layout_of(job).at_rank(2), 1, job.run.rounds)
 
 
 @pytest.mark.parametrize(("rank", "offset_rank"), [(RANK, 4), (1, 4), (RANK, 1)])

@@ -56,7 +56,7 @@ def test_a_site_of_a_smaller_rank_has_tensors_of_that_rank(folder: Path) -> None
         fill(spool, job, deltas)
         assert spool.delta("site-2", "m1.lora_B.weight").shape == spool.before("site-2", "m1.lora_B.weight").shape
         np.testing.assert_array_equal(spool.before("site-2", "m1.lora_B.weight"), state["m1.lora_B.weight"][:, :1])
-        small = returned(job.rule, layout_of(job).at_rank(1), 1)
+        small = returned(job.rule, layout_of(job).at_rank(1), 1, job.run.rounds)
         for name, array in small.unflatten(deltas["site-2"]).items():
             np.testing.assert_array_equal(spool.delta("site-2", name), array)
 

@@ -60,7 +60,15 @@ def test_a_tensor_is_the_factor_its_name_says(name: str, factor: str | None) -> 
 def test_a_rule_that_does_not_alternate_trains_everything_at_every_step(rule: RuleName) -> None:
     for number, step in ((1, 0), (2, 3), (5, 8)):
         assert trained_at(RULES[rule], NAMES, number, step) == NAMES
-        assert returned(RULES[rule], Layout(SHAPES, NAMES), number).trained == NAMES
+        if not RULES[rule].personal:
+            assert returned(RULES[rule], Layout(SHAPES, NAMES), number, 8).trained == NAMES
+
+
+def test_a_personal_b_is_trained_at_every_step_never_sent_and_returned_in_the_last_round_alone() -> None:
+    rule, layout = RULES["fedsa"], Layout(SHAPES, NAMES)
+    assert sent(rule, layout, 0, controls=False).trained == OF_A
+    assert [returned(rule, layout, number, 3).trained for number in (1, 2, 3)] == [OF_A, OF_A, NAMES]
+    assert returned(rule, layout, 1, 1).trained == NAMES
 
 
 def test_alternating_by_round_begins_with_b_and_heads_are_always_trained() -> None:
@@ -68,8 +76,8 @@ def test_alternating_by_round_begins_with_b_and_heads_are_always_trained() -> No
     for number, expected in ((1, OF_B), (2, OF_A), (3, OF_B), (8, OF_A)):
         for step in (0, 1, 7):
             assert trained_at(rule, NAMES, number, step) == expected
-        assert returned(rule, Layout(SHAPES, NAMES), number).trained == expected
-    sizes = [returned(rule, Layout(SHAPES, NAMES), number).size for number in (1, 2)]
+        assert returned(rule, Layout(SHAPES, NAMES), number, 8).trained == expected
+    sizes = [returned(rule, Layout(SHAPES, NAMES), number, 8).size for number in (1, 2)]
     assert sizes == [14 * 4 + 21, 2 * 4 * 7 + 21]
 
 
@@ -78,20 +86,20 @@ def test_alternating_by_step_begins_with_b_goes_on_over_rounds_and_returns_both(
     for step, expected in ((0, OF_B), (1, OF_A), (2, OF_B), (7, OF_A)):
         for number in (1, 2):
             assert trained_at(rule, NAMES, number, step) == expected
-            assert returned(rule, Layout(SHAPES, NAMES), number).trained == NAMES
+            assert returned(rule, Layout(SHAPES, NAMES), number, 8).trained == NAMES
 
 
 def test_what_is_sent_is_what_is_trained_then_the_offset_then_the_controls() -> None:
-    layout = Layout(SHAPES, OF_B)
-    assert sent(layout, 0, controls=False) == layout
-    with_offset = sent(layout, 3, controls=False)
+    rule, layout = RULES["fedex"], Layout(SHAPES, OF_B)
+    assert sent(rule, layout, 0, controls=False) == layout
+    with_offset = sent(rule, layout, 3, controls=False)
     assert with_offset.trained[:3] == OF_B
     offsets = {name: with_offset.shapes[name] for name in with_offset.trained[3:]}
     assert offsets == {
         "m.k.offset_A.weight": (3, 7), "m.k.offset_B.weight": (5, 3),
         "m.q.offset_A.weight": (3, 7), "m.q.offset_B.weight": (9, 3),
     }  # fmt: skip
-    whole = sent(layout, 3, controls=True)
+    whole = sent(rule, layout, 3, controls=True)
     assert whole.trained == (*with_offset.trained, *(name + CONTROL for name in OF_B))
     assert all(whole.shapes[name + CONTROL] == SHAPES[name] for name in OF_B)
     assert whole.size == with_offset.size + layout.size
@@ -111,6 +119,7 @@ def test_a_real_adapter_trains_the_factors_its_rule_names(make_job: Any, rule: R
 def test_the_words_for_what_is_trained_tell_the_rules_apart() -> None:
     assert what_is_trained(RULES["ffa"]) == "B (A public and frozen)"
     assert what_is_trained(RULES["fedavg_ab"]) == "A and B"
+    assert what_is_trained(RULES["fedsa"]) == "A and B (A shared, B each site's own)"
     assert what_is_trained(RULES["alternating_rounds"]) == "A and B, in turn each round"
     assert what_is_trained(RULES["alternating_steps"]) == "A and B, in turn each step"
     assert what_is_trained(RULES["fed_sb"]) == "the core between public, frozen A and B"

@@ -261,6 +261,32 @@ FAULTS = {
         "transport.codec_down: topk keeps the largest changes, a whole adapter needs all its numbers; try int8",
         {"transport": {"codec_down": "int8"}},
     ),
+    "a robust mean of what is each site's own": Fault(
+        aggregation(rule="fedsa", robust="norm_bound"),
+        'aggregation.robust = "norm_bound" needs updates that add up, not aggregation.rule = "fedsa"',
+        aggregation(robust="none"),
+    ),
+    "a sum of what is each site's own": Fault(
+        merged(aggregation(rule="fedsa"), federation(secure_aggregation=True)),
+        'aggregation.rule = "fedsa" needs every update by itself, secure aggregation shows their sum alone',
+        federation(secure_aggregation=False),
+    ),
+    "ranks of what is shared": Fault(
+        merged(aggregation(rule="fedsa"), RANKS),
+        'lora.ranks: aggregation.rule = "fedsa" needs one rank for all sites',
+        {"lora": {"ranks": {}}},
+    ),
+    "an adapter for each of some sites": Fault(
+        merged(aggregation(rule="fedsa"), federation(selection="random", sites_per_round=3)),
+        'aggregation.rule = "fedsa" needs every site in the last round, when it returns its own B: remove'
+        " federation.sites_per_round and quorum",
+        federation(sites_per_round=4),
+    ),
+    "an adapter for each of the fastest": Fault(
+        merged(aggregation(rule="fedsa"), federation(quorum=3)),
+        'aggregation.rule = "fedsa" needs every site in the last round, when it returns its own B',
+        federation(quorum=4),
+    ),
     "feedback of nothing": Fault(
         {"transport": {"error_feedback": True}},
         "transport.error_feedback: nothing is lost by fp32; choose another transport.codec_up",

@@ -88,14 +88,14 @@ def test_peft_alone_computes_what_the_state_says(make_job: Any, tmp_path: Any) -
     import torch
     from peft import PeftModel
 
-    from cotune.shared.aggregation import sent
+    from cotune.shared.aggregation import RULES, sent
     from cotune.shared.methods import layout_of, quiet_peft, save
     from cotune.shared.model import load_model, locate
 
     job = make_job(aggregation={"rule": "fedex"})
     layout, config = layout_of(job, locate(job))
     random = np.random.default_rng(4)
-    whole = sent(layout, 3, controls=False)
+    whole = sent(RULES["fedex"], layout, 3, controls=False)
     arrays = {name: (random.normal(size=shape) * 0.1).astype(np.float32) for name, shape in whole.shapes.items()}
     plain = folded(arrays)
     save(tmp_path / "adapter", plain, folded_config(config, plain), "")

@@ -17,7 +17,7 @@ from cotune.client.policy import DatasetPolicy
 from cotune.client.randomness import RandomStream, reproducible_stream, secure_stream
 from cotune.client.training import RoundResult, Start, Trainer
 from cotune.shared.adapter import Layout, Vector, fingerprint, flat_sha256, nested
-from cotune.shared.aggregation import CONTROL, returned, sent
+from cotune.shared.aggregation import CONTROL, factor_of, returned, sent
 from cotune.shared.codec import Payload, decode, encode
 from cotune.shared.errors import RefusedError, RunFailed
 from cotune.shared.features import Features
@@ -29,6 +29,7 @@ from cotune.shared.privacy.mechanism import mechanism_of
 from cotune.shared.schedule import public_seed, rates_of
 from cotune.shared.update import AdapterUpdate, UpdateHeader, payload_sha256
 
+NEARLY_ALL = 0.9
 LOST = "lost"  # what the codec left out of the updates so far
 
 
@@ -69,7 +70,7 @@ class Site:
         header and nothing more. That event is in the ledger, durably, before the first example is drawn, and
         stays there whatever happens next. An update is written down before it is sent; asked for the same round
         again, the site returns the very same numbers, which costs nothing. Encoding, what error feedback carries
-        over, and SCAFFOLD's control variates are post-processing.
+        over, SCAFFOLD's control variates and a B of the site's own are post-processing: all its steps were noised.
 
         Edge cases: a plan that does not hold together, costs more than the job promises, or breaks a rule or
         the budget of the site is refused before any record is read; records the site's own check does not
@@ -97,29 +98,32 @@ class Site:
         start = self._start(plan, arrays, trainer.layout)
         torch.set_num_threads(job.simulation.threads if job.simulation.threads != "auto" else os.cpu_count() or 1)
         features = Features(trainer.network, data.examples, self.work)
+        if _draws_nearly_all(job):
+            features.fill()
         result = trainer.train_round(start, data, features, mechanism, self._stream(plan), progress)
         return self._release(plan, start, result, trainer.layout)
 
     def _sent(self, plan: RoundPlan, payload: Payload, trainer: Trainer) -> dict[str, Vector]:
         """The global adapter that came with a plan, which is the one the plan is about."""
         job = plan.job
-        down = sent(trainer.layout.at_rank(plan.rank), plan.offset_rank, job.train.scaffold)
+        down = sent(job.rule, trainer.layout.at_rank(plan.rank), plan.offset_rank, job.train.scaffold)
         flat = decode(payload, job.transport.codec_down, down.size)
         self._check(plan, flat, trainer)
         return down.unflatten(flat)
 
     def _start(self, plan: RoundPlan, arrays: Mapping[str, Vector], layout: Layout) -> Start:
-        """Where the round starts: what was sent, the frozen rest, and SCAFFOLD's correction c - c_i."""
+        """Where the round starts: what was sent, the frozen rest, a B of its own, and SCAFFOLD's correction c - c_i."""
         frozen = nested(initial_values(layout, plan.job.run.seed), plan.rank)
         own = self.guard.home.updates.memory(plan.run_id, plan.round)
         controls = {name.removesuffix(CONTROL): array for name, array in arrays.items() if name.endswith(CONTROL)}
         correction = {name: c - own.get(name + CONTROL, np.zeros_like(c)) for name, c in controls.items()}
-        return Start(plan.round, {**frozen, **arrays}, correction)
+        personal = {name: own[name] for name in layout.trained if name in own}
+        return Start(plan.round, {**frozen, **arrays}, correction, personal)
 
     def _release(self, plan: RoundPlan, start: Start, result: RoundResult, layout: Layout) -> AdapterUpdate:
         """Encode, write down, commit and sign the round's update."""
         job = plan.job
-        up = returned(job.rule, layout.at_rank(plan.rank), plan.round)
+        up = returned(job.rule, layout.at_rank(plan.rank), plan.round, job.run.rounds)
         delta = up.flatten(result.arrays) - up.flatten(start.arrays)
         lost = self.guard.home.updates.memory(plan.run_id, plan.round).get(LOST)
         carried = delta if lost is None else delta + lost
@@ -135,6 +139,8 @@ class Site:
         if job.train.scaffold:  # c_i - c + (x - y_i) / (sum of rates): Karimireddy et al. 2020, algorithm 1, option II
             rate, moved = sum(rates_of(job, plan.round)), up.unflatten(delta)
             memory |= {name + CONTROL: -c - moved[name] / np.float32(rate) for name, c in start.correction.items()}
+        if job.rule.personal:
+            memory |= {name: array for name, array in result.arrays.items() if factor_of(name) == "B"}
         header = UpdateHeader(
             site=self.name,
             run_id=plan.run_id,
@@ -181,3 +187,9 @@ class Site:
                 f"{self.name}: this job costs epsilon {cost:.3f}, more than the {job.privacy.epsilon:g} it promises",
                 param="privacy.noise_multiplier",
             )
+
+
+def _draws_nearly_all(job: Job) -> bool:
+    """Whether a run is expected to draw nearly all records of a site at least once."""
+    steps = job.steps * job.sites_per_round / job.sites
+    return 1 - (1 - min(1.0, job.sampling_probability)) ** steps >= NEARLY_ALL

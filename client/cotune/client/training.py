@@ -25,7 +25,7 @@ from cotune.shared.features import Features
 from cotune.shared.job import Job
 from cotune.shared.methods import layout as layout_of_adapter
 from cotune.shared.methods import write
-from cotune.shared.network import Network, padded_length, passes
+from cotune.shared.network import Network, padded_length
 from cotune.shared.privacy.mechanism import Mechanism
 from cotune.shared.schedule import learning_rate
 from cotune.shared.sections import TrainSettings
@@ -41,16 +41,19 @@ class Start:
         round: Counted from 1.
         arrays: The whole adapter by name, at the site's rank, with an offset if the rule keeps one.
         correction: By name of a trained tensor: what SCAFFOLD adds to each of its gradients.
+        personal: By name: the tensors that are the site's own, instead of what `arrays` has there.
     """
 
     round: int
     arrays: Mapping[str, Vector]
     correction: Mapping[str, Vector] = field(default_factory=dict)
+    personal: Mapping[str, Vector] = field(default_factory=dict)
 
     @property
     def own(self) -> dict[str, Vector]:
         """The adapter without the offset, which is merged into the base."""
-        return {n: a for n, a in self.arrays.items() if OFFSET_A not in n and OFFSET_B not in n}
+        whole = {**self.arrays, **self.personal}
+        return {name: array for name, array in whole.items() if OFFSET_A not in name and OFFSET_B not in name}
 
 
 @dataclass(frozen=True)
@@ -155,8 +158,10 @@ class Trainer:
         """
         rows = np.concatenate([data.rows(unit) for unit in units])
         owners = np.repeat(np.arange(len(units)), [len(data.rows(unit)) for unit in units])
+        order = np.argsort([padded_length(len(data.examples[row].ids)) for row in rows], kind="stable")
         total: PerUnit | None = None
-        for places in passes([data.examples[row] for row in rows], self._job.train.microbatch):
+        for start in range(0, len(rows), self._job.train.microbatch):
+            places = order[start : start + self._job.train.microbatch]
             some = [int(row) for row in rows[places]]
             found = self._gradients.of([data.examples[row] for row in some], features.of(some))
             found = replace(found, gradients=leaves.gradients(found.gradients, part.trained))
@@ -179,11 +184,12 @@ def _step(
     FedProx adds proximal x (w - w_start), Li et al. 2020, equation 2. SCAFFOLD adds c - c_i, Karimireddy et al.
     2020, algorithm 1; its c_i is made from updates that were noised before (option II), so both cost nothing.
     """
+    origins = start.own
     for name, values in gradients.items():
         parameter = leaves.parameters[name]
         gradient = torch.from_numpy(values.copy()).to(parameter.device)
         if job.train.proximal:
-            origin = torch.from_numpy(np.array(start.arrays[name])).to(parameter.device)
+            origin = torch.from_numpy(np.array(origins[name])).to(parameter.device)
             gradient += job.train.proximal * (parameter.detach() - origin)
         if name in start.correction:
             gradient += torch.from_numpy(np.array(start.correction[name])).to(parameter.device)

@@ -38,7 +38,7 @@ class Updates:
             run_id: The coordinator's run.
             round_number: From 1.
             update: What is sent.
-            memory: What the site itself goes on with, all of it made from noised numbers: it never leaves.
+            memory: What the site itself goes on with, all of it made from noised numbers.
 
         Raises:
             StorageError: The disk is full, read-only or gone.

@@ -15,6 +15,7 @@ from cotune.server.collecting import Collected, Collector, Received, require_eno
 from cotune.server.evaluation import GlobalEvaluator
 from cotune.server.fleet import Fleet, Request
 from cotune.server.joining import Joined, Joiner
+from cotune.server.personal import UNSCORED, save_personal, score_personal
 from cotune.server.selection import select
 from cotune.server.sending import Sending, sending
 from cotune.server.spending import Spending
@@ -47,6 +48,7 @@ class Outcome:
         arrays: The plain adapter by PEFT name.
         base: Scores before the first round; None without evaluation data.
         final: Scores of the adapter.
+        personal: Scores of the sites' own adapters, by site; empty for rules that give them none.
         traffic: Site -> bytes (up, down).
         seconds: Of this process; an interrupted run took longer.
     """
@@ -54,6 +56,7 @@ class Outcome:
     arrays: Mapping[str, Vector]
     base: Evaluation | None
     final: Evaluation | None
+    personal: Mapping[str, Evaluation]
     traffic: Mapping[str, tuple[int, int]]
     seconds: float
 
@@ -96,19 +99,22 @@ class Coordinator:
         progress = load_checkpoint(self._run) or self._start()
         self._run.forget_metrics_after(progress.round)
         base = self._score(0, self._published(self._start()), full=True)
-        if 0 < progress.round < self._job.run.rounds and progress.round % self._job.eval.every == 0:
+        if self._job.rule.personal and not progress.round:
+            self._run.emit("evaluation", UNSCORED)
+        if self._is_scored(progress.round):
             self._score(progress.round, self._published(progress), full=False)  # perhaps it had not come to that
         for number in range(progress.round + 1, self._job.run.rounds + 1):
             self._run.set_state("running", number)
             progress = self._round(number, progress, fleet)
             published = self._published(progress)
             save_checkpoint(self._run, progress, published, self._config)
-            if number % self._job.eval.every == 0 and number != self._job.run.rounds:
+            if self._is_scored(number):
                 self._score(number, published, full=False)
         published = self._published(progress)
         final = self._score(progress.round, published, full=True)
+        personal = score_personal(self._run, self._evaluator) if self._job.rule.personal else {}
         self._collect_ledgers(fleet)
-        return Outcome(published, base, final, progress.traffic, time.monotonic() - started)
+        return Outcome(published, base, final, personal, progress.traffic, time.monotonic() - started)
 
     def _start(self) -> Progress:
         controls = {n + CONTROL: np.zeros_like(self._initial[n]) for n in self._layout.trained}
@@ -138,6 +144,8 @@ class Coordinator:
             self._record_sites(number, found.received)
             require_enough(found, job.federation.min_sites, number, self._run.run_id)
             joined = self._joiner.join(progress.arrays, progress.memory, spool, number)
+            if job.rule.personal and number == job.run.rounds:
+                save_personal(self._run, joined.arrays, spool, self._config, available)
         self._say(number, found, joined)
         return self._after(number, progress, found, joined)
 
@@ -246,6 +254,11 @@ class Coordinator:
                 bytes_down=figures.bytes_down,
                 seconds=figures.seconds,
             )
+
+    def _is_scored(self, number: int) -> bool:
+        """Whether the adapter is scored between rounds; see `personal.UNSCORED`."""
+        between = 0 < number < self._job.run.rounds
+        return between and number % self._job.eval.every == 0 and not self._job.rule.personal
 
     def _score(self, number: int, arrays: Mapping[str, Vector], *, full: bool) -> Evaluation | None:
         if not self._evaluator.has_data:

@@ -10,6 +10,7 @@ import numpy as np
 
 from cotune.server.aggregation.bias import aggregation_bias
 from cotune.server.aggregation.fedex import fedex
+from cotune.server.aggregation.fedsa import fedsa
 from cotune.server.aggregation.flora_stack import flora_stack
 from cotune.server.aggregation.influence import influence_bound, measured_influence
 from cotune.server.aggregation.product_svd import product_svd
@@ -28,6 +29,7 @@ PRODUCT_RULES: dict[RuleName, Join] = {
     "product_svd": lambda state, updates, _fresh: product_svd(state, updates),
     "fedex": lambda state, updates, _fresh: fedex(state, updates),
     "flora_stack": lambda state, updates, fresh: flora_stack(state, updates, fresh().__getitem__),
+    "fedsa": lambda state, updates, _fresh: fedsa(state, updates),
 }  # the other rules are linear
 
 
@@ -39,7 +41,7 @@ class Joined:
         arrays: The whole state by name.
         memory: What optimiser and average go on with.
         bias: How far the mean of the products is from the product of the means, relative; None for fewer than two
-            trained factors.
+            trained factors, or as long as sites keep one of them.
         influence: Largest change of the joined update, in L2 norm, when one site is left out; None for rules in
             whose coordinates updates do not add up.
         influence_bound: What it cannot exceed by the rule alone; None where no bound is known.
@@ -88,7 +90,8 @@ class Joiner:
             trained = {name: arrays[name] for name in self._layout.trained}
             kept = average(self._job.aggregation.ema, trained, kept, round_number)
             memory = {**memory, **{AVERAGE + name: array for name, array in kept.items()}}
-        both = len(self._job.rule.trains) > 1
+        rule, rounds = self._job.rule, self._job.run.rounds
+        both = len(rule.trains) > 1 and not (rule.personal and round_number < rounds)
         bias = aggregation_bias(updates, modules_of(state)) if both else None
         return Joined(arrays, memory, bias, influence, bound)
 
@@ -101,7 +104,8 @@ class Joiner:
         self, state: Mapping[str, Vector], memory: Mapping[str, Vector], updates: Updates, round_number: int
     ) -> tuple[dict[str, Vector], Mapping[str, Vector], float | None, float | None]:
         """Old state plus the joined update, by robust rule and optimiser."""
-        settings, names = self._job.aggregation, returned(self._job.rule, self._layout, round_number).trained
+        settings, rounds = self._job.aggregation, self._job.run.rounds
+        names = returned(self._job.rule, self._layout, round_number, rounds).trained
         robust = RobustSettings(
             settings.norm_bound, settings.trim, settings.hostile, self._trusted(state, round_number)
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cotune.server.coordinator import Outcome
 from cotune.server.evaluation import RELOAD_ROWS, GlobalEvaluator
+from cotune.server.personal import summary_of
 from cotune.shared.adapter import Layout, fingerprint
 from cotune.shared.aggregation import what_is_trained
 from cotune.shared.errors import RunFailed
@@ -52,13 +53,17 @@ def publish(
     reload_check = _reload(run, evaluator.score(outcome.arrays, RELOAD_ROWS).loss)
     accounts = _accounts(run)
     heads = json.loads((run.privacy / "heads.json").read_text(encoding="utf-8"))
-    files = {f"adapter/{p.name}": file_sha256(p) for p in run.adapter.iterdir() if p.name != "README.md"}
+    personal = sorted(run.personal.iterdir()) if job.rule.personal else []
+    released = [path for folder in (run.adapter, *personal) for path in folder.iterdir() if path.name != "README.md"]
+    files = {str(path.relative_to(run.path)): file_sha256(path) for path in released}
     claim = build_claim(job, accounts, ClaimSubject(run.run_id, files, reload_check, heads))
     write_json(run.privacy / "claim.json", claim)
     write_atomic(run.privacy / "statement.txt", statement_text(claim).encode())
     summary = _summary(run, outcome, claim["sites"], layout, base, engine)
     write_json(run.path / "summary.json", {**summary, "reload": reload_check})
     write_atomic(run.adapter / "README.md", model_card(run).encode())
+    for folder in personal:
+        write_atomic(folder / "README.md", model_card(run, folder.name).encode())
     run.write_metrics_csv()
     run.set_state("succeeded", int(summary["rounds"]))
     write_report(run)
@@ -131,6 +136,7 @@ def _summary(
         },
         "base": _scores(outcome.base),
         "final": _scores(outcome.final),
+        **({"personal": summary_of(run, outcome.personal)} if job.rule.personal else {}),
         "sites": [_site(site, outcome, rounds[site["id"]]) for site in sites],
         "bytes_up": totals[0],
         "bytes_down": totals[1],

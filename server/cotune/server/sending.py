@@ -44,12 +44,12 @@ def sending(job: Job, layout: Layout, state: Mapping[str, Vector], rank: int, ro
         round_number: From 1.
     """
     offset_rank = offset_rank_of(state)
-    down = sent(layout.at_rank(rank), offset_rank, job.train.scaffold)
+    down = sent(job.rule, layout.at_rank(rank), offset_rank, job.train.scaffold)
     flat = down.flatten(nested(state, rank))
     payload = encode(flat, job.transport.codec_down, public_seed(job, "down", rank, round_number))
     decoded = decode(payload, job.transport.codec_down, down.size)
     arrays = {**nested(state, rank), **down.unflatten(decoded)}
-    up = returned(job.rule, layout.at_rank(rank), round_number)
+    up = returned(job.rule, layout.at_rank(rank), round_number, job.run.rounds)
     return Sending(payload, arrays, flat_sha256(decoded), offset_rank, up)
 
 

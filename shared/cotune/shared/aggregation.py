@@ -15,7 +15,15 @@ from typing import Literal
 from cotune.shared.adapter import Layout
 
 RuleName = Literal[
-    "ffa", "product_svd", "alternating_rounds", "alternating_steps", "fedavg_ab", "fedex", "flora_stack", "fed_sb"
+    "ffa",
+    "product_svd",
+    "alternating_rounds",
+    "alternating_steps",
+    "fedavg_ab",
+    "fedex",
+    "flora_stack",
+    "fed_sb",
+    "fedsa",
 ]
 Factor = Literal["A", "B", "core"]
 A, B, CORE, OFFSET_A, OFFSET_B = ".lora_A.", ".lora_B.", ".lora_core.", ".offset_A.", ".offset_B."
@@ -36,6 +44,7 @@ class Rule:
         exact: The joined adapter's product is the mean of the sites' products (at the best rank r, if `truncates`).
         suits_dp: It does not gather noise: False for rules that keep every update's noise for ever.
         offset: It keeps a growing frozen addition to the base weights, which sites are sent.
+        personal: B stays at its site until the last round; then each site has an adapter of its own.
         reference: Who published it.
     """
 
@@ -48,6 +57,7 @@ class Rule:
     reference: str
     alternates: Literal["round", "step"] | None = None
     offset: bool = False
+    personal: bool = False
 
     @property
     def core(self) -> bool:
@@ -66,6 +76,7 @@ RULES: dict[RuleName, Rule] = {
     "fedex": Rule(("A", "B"), False, True, False, True, False, "Singhal et al. 2024, arXiv 2410.09432", offset=True),
     "flora_stack": Rule(("A", "B"), False, True, True, True, False, "Wang et al. 2024, arXiv 2409.05976", offset=True),
     "fed_sb": Rule(("core",), True, False, False, True, True, "Singhal et al. 2025, arXiv 2502.15436"),
+    "fedsa": Rule(("A", "B"), False, True, False, False, True, "Guo et al. 2024, arXiv 2410.01463", personal=True),
 }
 
 
@@ -91,15 +102,23 @@ def trained_at(rule: Rule, names: Sequence[str], round_number: int, step: int) -
     return tuple(name for name in names if factor_of(name) != resting)
 
 
-def returned(rule: Rule, layout: Layout, round_number: int) -> Layout:
-    """What an update of a round holds: the trained tensors that may have changed."""
+def returned(rule: Rule, layout: Layout, round_number: int, rounds: int) -> Layout:
+    """What an update of a round holds: the trained tensors that may have changed; a personal B in the last alone."""
+    if rule.personal and round_number < rounds:
+        return shared(rule, layout)
     if rule.alternates != "round":
         return layout
     return layout.only(trained_at(rule, layout.trained, round_number, 0))
 
 
-def sent(layout: Layout, offset_rank: int, controls: bool) -> Layout:
-    """What the coordinator sends: the trained tensors, the offset's factors and the control variates, if any."""
+def shared(rule: Rule, layout: Layout) -> Layout:
+    """What sites have in common of an adapter: all that is trained, but for a personal B."""
+    return layout.only([name for name in layout.trained if factor_of(name) != "B"]) if rule.personal else layout
+
+
+def sent(rule: Rule, layout: Layout, offset_rank: int, controls: bool) -> Layout:
+    """What the coordinator sends: what sites share, the offset's factors and the control variates, if any."""
+    layout = shared(rule, layout)
     shapes = dict(layout.shapes)
     extra: list[str] = []
     if offset_rank:
@@ -120,4 +139,6 @@ def what_is_trained(rule: Rule) -> str:
         return "B (A public and frozen)"
     if rule.trains == ("core",):
         return "the core between public, frozen A and B"
+    if rule.personal:
+        return "A and B (A shared, B each site's own)"
     return "A and B" + (f", in turn each {rule.alternates}" if rule.alternates else "")

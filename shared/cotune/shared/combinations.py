@@ -101,6 +101,12 @@ def _rule(job: Job) -> Iterator[str]:
         yield f'lora.ranks: aggregation.rule = "{name}" needs one rank for all sites; these can mix them: {able}'
     if any(rank > job.lora.r for rank in job.lora.ranks.values()):
         yield f"lora.ranks must not exceed lora.r = {job.lora.r}"
+    fewest = min(job.sites_per_round, job.federation.quorum or job.sites)
+    if rule.personal and fewest < job.sites:
+        yield (
+            f'aggregation.rule = "{name}" needs every site in the last round, when it returns its own B:'
+            " remove federation.sites_per_round and quorum"
+        )
     if rule.offset and job.model.quantize != "none":
         yield f'aggregation.rule = "{name}" adds to the base weights, which model.quantize keeps rounded'
 

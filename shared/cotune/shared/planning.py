@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from cotune.shared.adapter import Layout
 from cotune.shared.aggregation import returned, sent
 from cotune.shared.chain import WITNESSES
 from cotune.shared.codec import encoded_bytes
@@ -166,8 +167,8 @@ def make_plan(job: Job, base: BaseModel) -> Plan:
     layers = int(config.num_hidden_layers)
     top = layers if job.lora.last_layers == "all" else job.lora.last_layers
     layout = layout_of(job, base)[0]
-    size, up = layout.size, max(returned(job.rule, layout, number).size for number in (1, 2))
-    down = sent(layout, 0, job.train.scaffold).size
+    size, up = layout.size, _largest_update(job, layout)
+    down = sent(job.rule, layout, 0, job.train.scaffold).size
     header = len(_sample_plan(job).model_dump_json())
     heads = HEAD_BYTES * min(job.sites, WITNESSES + 1)
     tokens = job.train.microbatch * job.model.max_length
@@ -185,6 +186,12 @@ def make_plan(job: Job, base: BaseModel) -> Plan:
         memory_bytes=4 * (parameters + activations + job.train.microbatch * size),
         seconds_estimate=_seconds(job, parameters, top / layers),
     )
+
+
+def _largest_update(job: Job, layout: Layout) -> int:
+    """Numbers in the largest of a site's updates; their order is public, so two and the last tell them all."""
+    rounds = job.run.rounds
+    return max(returned(job.rule, layout, number, rounds).size for number in {1, min(2, rounds), rounds})
 
 
 def epsilon_by_round(job: Job) -> tuple[float, ...]:

@@ -70,6 +70,8 @@ def unit(job: Job) -> dict[str, Any]:
 def releases(job: Job) -> list[str]:
     """Everything that leaves a site, and what it costs."""
     listed = ["each round's noised adapter update: the events"]
+    if job.rule.personal:
+        listed.append("each site's own B, in the last round: noised in every step, inside the events")
     if job.privacy.clipping == "adaptive":
         listed.append("a noised share of gradients within the clipping norm, each step: inside the events")
     if job.privacy.metrics == "noised":

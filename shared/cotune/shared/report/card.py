@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 from cotune.shared.report import wording
 from cotune.shared.report.content import Content, base_score, build_content, federated_score
 from cotune.shared.report.evidence import Evidence, Record, read_evidence
-from cotune.shared.report.method import Fact
+from cotune.shared.report.method import Fact, load_snippet
 from cotune.shared.report.page import read_template
 from cotune.shared.runs import RunFolder
 
 
-def model_card(run: RunFolder) -> str:
-    """README.md for a run's adapter, every section filled from the run's records.
+def model_card(run: RunFolder, site: str | None = None) -> str:
+    """README.md for one of a run's adapters, every section filled from the run's records.
+
+    Args:
+        run: The run.
+        site: Whose own adapter it is; None for the run's.
 
     Raises:
         JobError: A file of the run is damaged.
@@ -24,6 +29,9 @@ def model_card(run: RunFolder) -> str:
 
     evidence = read_evidence(run)
     content = build_content(evidence)
+    if site:
+        snippet = load_snippet(evidence, f"personal/{site}")
+        content = replace(content, name=f"{content.name}: adapter of {site}", snippet=snippet)
     environment = Environment(  # noqa: S701 - Markdown: `finalize` escapes every value
         finalize=escape_markdown,
         undefined=StrictUndefined,

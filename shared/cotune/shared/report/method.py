@@ -38,6 +38,25 @@ def _model_facts(evidence: Evidence) -> tuple[Fact, ...]:
         Fact("Trained part", str(adapter.get("trained") or "")),
         Fact("Trained parameters", wording.count(adapter["parameters"]) if adapter.get("parameters") else ""),
         Fact("Adapter's SHA-256", str(adapter.get("sha256") or "")),
+        *_personal_facts(evidence),
+    )
+
+
+def _personal_facts(evidence: Evidence) -> tuple[Fact, ...]:
+    """Which adapters there are where each site has one, and how they score."""
+    personal: Record = evidence.summary.get("personal") or {}
+    if not personal:
+        return ()
+    spread = (
+        f"{name} {shown(of['mean'])} on average ({shown(of['lowest'])} to {shown(of['highest'])})"
+        for name, shown in (("accuracy", wording.percent), ("loss", wording.decimal))
+        if (of := personal.get(name))
+    )
+    return (
+        Fact(
+            "Adapters", f"personal/SITE for each of {len(personal['sites'])} sites, with its own B; {personal['note']}"
+        ),
+        Fact("The sites' own adapters", "; ".join(spread)),
     )
 
 
@@ -111,8 +130,8 @@ def mechanism_facts(evidence: Evidence) -> tuple[Fact, ...]:
     return (*facts, Fact("Measured attack", _value(attack))) if attack else tuple(facts)
 
 
-def load_snippet(evidence: Evidence) -> str:
-    """Python that loads the adapter on its base; names are quoted, whatever they hold."""
+def load_snippet(evidence: Evidence, folder: str = "adapter") -> str:
+    """Python that loads the adapter in a folder on its base; names are quoted, whatever they hold."""
     model: Record = evidence.summary.get("model") or {}
     name = wording.model_name(str(model.get("base") or evidence.job.model.base))
     sha256 = " ".join(str(model.get("sha256") or "not recorded").split())
@@ -134,7 +153,7 @@ def load_snippet(evidence: Evidence) -> str:
         lines += [f"FOLDER = 'folder/of/base'  # where you keep {name!r}"]
         source = "FOLDER"
     lines += [f"base = {auto}.from_pretrained({source}{options})"]
-    lines += ["model = PeftModel.from_pretrained(base, 'adapter')  # the folder adapter/ of this run"]
+    lines += [f"model = PeftModel.from_pretrained(base, {folder!r})  # the folder {folder}/ of this run"]
     return "\n".join(lines)
 
 
