@@ -105,10 +105,11 @@ def test_a_key_that_nobody_enrolled_is_refused_by_the_superlink_itself(gate: Doo
 
 def test_three_gigabytes_are_413_and_neither_process_grows(gate: Door, link: tuple[int, psutil.Process]) -> None:
     gate.ask("POST", "/v1/fleet/push-object", bytes(1000))
+    opening = ["POST /v1/fleet/push-object HTTP/1.1", "Host: x", "Content-Type: application/protobuf"]
     before = gate.memory(), link[1].memory_info().rss
     for headers in (["Content-Length: 3221225472"], ["Transfer-Encoding: chunked"]):
         with gate.connect() as client:
-            head = "\r\n".join(["POST /v1/fleet/push-object HTTP/1.1", "Host: x", *headers, "", ""])
+            head = "\r\n".join([*opening, *headers, "", ""])
             client.sendall(head.encode())
             piece = bytes(0x100000)
             if "chunked" in headers[0]:

@@ -18,6 +18,7 @@ import pytest
 from tests.server.doors import Door, Tls, door, free_port, make_tls, nginx_program, rest, running, trusting
 
 from cotune.server.gateway import passes
+from cotune.server.link import Limits
 
 BACKEND = Path(__file__).parent / "backend.py"
 ABSOLUTE = ("POST", "http://127.0.0.1:1/v1/fleet/pull-messages")
@@ -317,12 +318,14 @@ def test_an_upstream_of_another_ca_is_no_upstream(upstream: int, tls: Tls, tmp_p
 
 
 @pytest.mark.slow
-def test_a_hundred_clients_are_served_at_a_time(gate: Door) -> None:
-    def poll(_: int) -> list[tuple[int, bytes]]:
-        return [gate.ask("POST", "/v1/fleet/pull-messages", b"abc") for _ in range(3)]
+def test_a_hundred_clients_are_served_at_a_time(gate: Door, upstream: int, tmp_path: Path) -> None:
+    with door(gate.kind, upstream, gate.tls, tmp_path / "door", limits=Limits()) as patient:
 
-    with ThreadPoolExecutor(100) as pool:
-        answers = [answer for answers in pool.map(poll, range(100)) for answer in answers]
+        def poll(_: int) -> list[tuple[int, bytes]]:
+            return [patient.ask("POST", "/v1/fleet/pull-messages", b"abc") for _ in range(3)]
+
+        with ThreadPoolExecutor(100) as pool:
+            answers = [answer for answers in pool.map(poll, range(100)) for answer in answers]
     assert answers == [(200, b"3")] * 300
 
 

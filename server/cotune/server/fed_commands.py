@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import click
 import typer
 
+from cotune.server.files_commands import files
 from cotune.shared.cli import show
 from cotune.shared.errors import ConnectionFailed
 from cotune.shared.finding import coordinators_folder
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 fed = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="A federation's coordinator: start, sites."
 )
+fed.command()(files)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON envelope.")]
 HomeOption = Annotated[

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from importlib import resources
-
 from cotune.server.gateway import Gate
+from cotune.shared.errors import JobError
+from cotune.shared.units import render
+
+READ_OTHERWISE = set('"$\\\n')
 
 
 def nginx_text(gate: Gate) -> str:
     """What nginx includes in its http section to be this gate: the same request lines pass, and nothing else.
 
     It is weaker in one point: nginx limits the pause between two pieces of a body, not how long all of it takes.
+
+    Raises:
+        JobError: A path holds what nginx would not take for a part of its name (E-NGINX-PATH).
     """
-    return render("nginx.conf.j2", gate=gate)
-
-
-def render(template: str, **values: object) -> str:
-    """A generated file: a value that a template asks for and does not get is an error."""
-    from jinja2 import Environment, StrictUndefined
-
-    text = (resources.files("cotune.server") / "templates" / template).read_text(encoding="utf-8")
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # noqa: S701 - no HTML
-    return environment.from_string(text).render(values)
+    for path in (gate.certificate, gate.key, gate.ca):
+        if READ_OTHERWISE & set(str(path)):
+            what = f"{path}: nginx reads a quotation mark, a dollar sign or a backslash in a path otherwise"
+            raise JobError("E-NGINX-PATH", what, param="--home", hint="move the coordinator's home")
+    return render("cotune.server", "nginx.conf.j2", gate=gate)
