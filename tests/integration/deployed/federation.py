@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,15 +169,12 @@ class Federation:
         """`cotune submit`; the run's folder."""
         return self.run_folder(self.coordinator.tell("submit", str(job), "--i-know")["run_id"])
 
-    def approve(self, patience_s: float = PATIENCE_S) -> None:
-        """Every site's administrator says yes to the job that waits, once it is there."""
-        for site in self.sites.values():
-            await_until(lambda site=site: self._waiting(site), "no job came to be approved", patience_s, self)
-            for job in self._waiting(site):
+    def approve(self, sites: Collection[Party] = (), patience_s: float = PATIENCE_S) -> None:
+        """The administrators of sites, of all if none is named, say yes to the job that waits, once it is there."""
+        for site in sites or self.sites.values():
+            await_until(lambda site=site: _waiting(site), "no job came to be approved", patience_s, self)
+            for job in _waiting(site):
                 site.tell("site", "approve", job["job_sha256"][:12])
-
-    def _waiting(self, site: Party) -> list[dict[str, Any]]:
-        return [job for job in site.tell("site", "jobs")["jobs"] if job["state"] == "waiting"]
 
     def wait(self, run: RunFolder, patience_s: float = PATIENCE_S) -> str:
         """Wait until a run is over; its status."""
@@ -205,6 +202,10 @@ class Federation:
     def logs(self) -> str:
         """The ends of all logs, for whoever looks into a failure."""
         return "\n".join(f"#### {p.machine.name}\n{p.log()}" for p in (self.coordinator, *self.sites.values()))
+
+
+def _waiting(site: Party) -> list[dict[str, Any]]:
+    return [job for job in site.tell("site", "jobs")["jobs"] if job["state"] == "waiting"]
 
 
 def await_until(holds: Callable[[], object], otherwise: str, patience_s: float, told: Federation | None) -> None:

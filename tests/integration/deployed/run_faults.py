@@ -130,7 +130,7 @@ def history_of(
     enrolled = [json.loads(path.read_bytes()) for path in (made.coordinator.home / "sites").glob("*.json")]
     return History(
         run=run,
-        homes={name: site.home for name, site in made.sites.items()},
+        homes={name: made.sites[name].home for name in sorted(run.job().data.sites)},
         keys={site["name"]: site["public_key"] for site in enrolled},
         before=before,
         outside=[made.coordinator.home, made.coordinator.home.parent / "home-up.log"],
