@@ -25,6 +25,8 @@ FLOWER_DOORS = {
     "flower_app.py",
     "shared/cotune/shared/wire.py",
     "client/cotune/client/courier.py",
+    "client/cotune/client/courier_process.py",
+    "client/cotune/client/fleet_link.py",
     "server/cotune/server/app.py",
     "server/cotune/server/grid.py",
 }

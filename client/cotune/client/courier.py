@@ -1,10 +1,10 @@
-"""The Flower ClientApp: message in, message out, nothing else."""
+"""Message in, message out, nothing else: what every courier does, and the Flower ClientApp that does it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from cotune.shared.codec import Payload
@@ -26,12 +26,7 @@ def client_app(answer: Answerer, read_ledger: LedgerReader) -> ClientApp:
 
     @app.train()
     def train(message: Message, _context: Context) -> Message:  # pyright: ignore[reportUnusedFunction]
-        try:
-            plan, adapter = plan_from_records(message.content)
-        except CotuneError as error:  # the coordinator knows whom it asked
-            failure = SiteFailure(site="", code=error.code, message=error.message, exit_code=error.exit_code)
-            return Message(answer_to_records(failure), reply_to=message)
-        return Message(answer_to_records(answer(plan, adapter)), reply_to=message)
+        return Message(trained(message.content, answer), reply_to=message)
 
     @app.query()
     def query(message: Message, _context: Context) -> Message:  # pyright: ignore[reportUnusedFunction]
@@ -41,3 +36,18 @@ def client_app(answer: Answerer, read_ledger: LedgerReader) -> ClientApp:
         return Message(ledger_to_records(read_ledger(asked)), reply_to=message)
 
     return app
+
+
+def trained(records: RecordDict, answer: Answerer) -> RecordDict:
+    """The answer to a plan, which is a failure with a name if the records are none."""
+    try:
+        plan, adapter = plan_from_records(records)
+    except CotuneError as error:
+        return refused(error)
+    return answer_to_records(answer(plan, adapter))
+
+
+def refused(error: CotuneError) -> RecordDict:
+    """An error that was met before anybody was asked, as an answer; the coordinator knows whom it asked."""
+    failure = SiteFailure(site="", code=error.code, message=error.message, exit_code=error.exit_code)
+    return answer_to_records(failure)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cotune.shared.cli import show
 from cotune.shared.errors import RunFailed
 from cotune.shared.finding import find_run
+
+if TYPE_CHECKING:
+    from cotune.shared.verification import Check
 
 Reference = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, id, unique prefix, or `latest`.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON envelope.")]
@@ -43,23 +47,36 @@ def report(run: Reference = "latest", as_json: JsonFlag = False) -> None:
     show({"report": str(page)}, as_json=as_json, text=f"wrote {page}")
 
 
-def verify(run: Reference = "latest", as_json: JsonFlag = False) -> None:
-    """Check a run without trusting its figures: hashes, epsilon from events by two accountants, reloaded loss."""
+def verify(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN|FILE", help="A run, or a file written by `cotune site log export`.")
+    ] = "latest",
+    as_json: JsonFlag = False,
+) -> None:
+    """Check a run or an exported ledger without trusting its figures: hashes, signatures, epsilon from events."""
+    if Path(run).is_file():
+        from cotune.shared.exported import read_exported, said_of, verify_exported
+
+        exported = read_exported(Path(run))
+        _show_checks(exported.site, said_of(exported), verify_exported(exported), as_json)
+        return
     from cotune.shared.verification import verify_run
 
     folder = find_run(run)
-    checks = verify_run(folder)
+    _show_checks(folder.run_id, {"run": folder.run_id}, verify_run(folder), as_json)
+
+
+def _show_checks(name: str, said: dict[str, Any], checks: Sequence[Check], as_json: bool) -> None:
     lines = [f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.detail}" for check in checks]
     failed = [check for check in checks if not check.passed]
-    data = {"run": folder.run_id, "checks": [check.to_dict() for check in checks]}
     if failed and not as_json:
         typer.echo("\n".join(lines))
     if failed:
         raise RunFailed(
-            "E-VERIFY", f"{folder.run_id}: {len(failed)} of {len(checks)} checks failed: "
+            "E-VERIFY", f"{name}: {len(failed)} of {len(checks)} checks failed: "
             + "; ".join(f"{check.name}: {check.detail}" for check in failed),
         )  # fmt: skip
-    show(data, as_json=as_json, text="\n".join(lines))
+    show({**said, "checks": [check.to_dict() for check in checks]}, as_json=as_json, text="\n".join(lines))
 
 
 def export(
