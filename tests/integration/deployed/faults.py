@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from tests.integration.deployed.federation import Federation, Party, await_until
+from tests.integration.deployed.federation import OVER, Federation, Party, await_until
 
 from cotune.shared.chain import read_torn_chain
 from cotune.shared.runs import RunFolder
@@ -45,7 +45,7 @@ class Fault:
 def in_round(run: RunFolder, number: int) -> bool:
     """Whether a round has begun, or the run is over."""
     state = run.state()
-    return (state["status"] == "running" and state["round"] >= number) or state["status"] not in ("running", "queued")
+    return (state["status"] == "running" and state["round"] >= number) or state["status"] in OVER
 
 
 def await_round(made: Federation, run: RunFolder, number: int) -> None:

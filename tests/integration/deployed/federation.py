@@ -18,13 +18,15 @@ from tests.integration.deployed.networks import Machine, machines
 from tests.integration.deployed.study import DATASET, QUIET, SITES, write_records
 from tests.integration.deployed.wire import Wire, wire
 
-from cotune.shared.chain import read_chain
+from cotune.client.courier_folder import courier_folder
+from cotune.shared.chain import read_chain, read_torn_chain
 from cotune.shared.runs import RunFolder
 
 PORT = 8443
 NAME = "trial"
 PATIENCE_S = 900.0
 LOOK_S = 0.2
+JOB_ENTRIES = ("received", "approved")
 OVER = ("succeeded", "failed", "cancelled", "paused")
 FAST = {"poll_s": "0.2", "heartbeat_s": "10"}  # settings of courier.toml: a lease is two heartbeats
 VICTIMS = {
@@ -172,7 +174,7 @@ class Federation:
     def approve(self, sites: Collection[Party] = (), patience_s: float = PATIENCE_S) -> None:
         """The administrators of sites, of all if none is named, say yes to the job that waits, once it is there."""
         for site in sites or self.sites.values():
-            await_until(lambda site=site: _waiting(site), "no job came to be approved", patience_s, self)
+            await_until(lambda site=site: _has_come(site), "no job came to be approved", patience_s, self)
             for job in _waiting(site):
                 site.tell("site", "approve", job["job_sha256"][:12])
 
@@ -186,13 +188,14 @@ class Federation:
         await_until(is_over, f"{run.run_id} did not end", patience_s, self)
         return run.state()["status"]
 
-    def online(self) -> set[str]:
-        """The sites whose couriers the coordinator can reach."""
-        return {site["site"] for site in self.coordinator.tell("fed", "sites")["sites"] if site["courier"] == "online"}
-
     def await_online(self, names: Sequence[str], patience_s: float = PATIENCE_S) -> None:
-        """Wait until these sites can be reached."""
-        await_until(lambda: set(names) <= self.online(), f"not all of {names} came online", patience_s, self)
+        """Wait until the couriers of these sites say that the coordinator knows them."""
+        couriers = [courier_folder(self.sites[name].home) / NAME / "courier.json" for name in names]
+
+        def are_online() -> bool:
+            return all(path.exists() and json.loads(path.read_bytes())["state"] == "online" for path in couriers)
+
+        await_until(are_online, f"not all of {names} came online", patience_s, self)
 
     def ledger_hashes(self) -> dict[str, list[str]]:
         """Each site's ledger as it is now."""
@@ -202,6 +205,13 @@ class Federation:
     def logs(self) -> str:
         """The ends of all logs, for whoever looks into a failure."""
         return "\n".join(f"#### {p.machine.name}\n{p.log()}" for p in (self.coordinator, *self.sites.values()))
+
+
+def _has_come(site: Party) -> bool:
+    """Whether a job came that nobody decided on; as the file says, which costs less than to ask again and again."""
+    entries, _ = read_torn_chain((site.home / "ledger.jsonl").read_bytes(), None, 0)
+    of_jobs = {kind: {e.fields["job_sha256"] for e in entries if e.action == f"job.{kind}"} for kind in JOB_ENTRIES}
+    return bool(of_jobs["received"] - of_jobs["approved"])
 
 
 def _waiting(site: Party) -> list[dict[str, Any]]:
@@ -283,7 +293,7 @@ def federation(
 
 def speed_up(site: Party, settings: Mapping[str, str] = FAST) -> Party:
     """Set a site's courier to short intervals, as its administrator may."""
-    path = site.home.with_name(f"{site.home.name}-courier") / NAME / "courier.toml"
+    path = courier_folder(site.home) / NAME / "courier.toml"
     kept = [line for line in path.read_text().splitlines() if line.partition(" ")[0] not in settings]
     path.write_text("\n".join([*kept, *(f"{name} = {value}" for name, value in settings.items())]) + "\n")
     return site
