@@ -5,19 +5,23 @@ The same table is held against the embedded gateway and against nginx with the g
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.server.doors import Door, Tls, door, free_port, make_tls, nginx_program, rest, running, trusting
+from tests.server.doors import QUICK, Door, Tls, door, free_port, make_tls, nginx_program, rest, running, trusting
 
-from cotune.server.gateway import passes
+from cotune.server.fedhome import FedHome, FedSettings
+from cotune.server.gateway import gate_of, passes
 from cotune.server.link import Limits
 
 BACKEND = Path(__file__).parent / "backend.py"
@@ -327,6 +331,86 @@ def test_a_hundred_clients_are_served_at_a_time(gate: Door, upstream: int, tmp_p
         with ThreadPoolExecutor(100) as pool:
             answers = [answer for answers in pool.map(poll, range(100)) for answer in answers]
     assert answers == [(200, b"3")] * 300
+
+
+@pytest.mark.parametrize("limits", [replace(QUICK, connections=3), replace(QUICK, per_address=3)])
+def test_more_connections_than_may_be_are_closed_and_make_room_again(
+    limits: Limits, upstream: int, tls: Tls, tmp_path: Path
+) -> None:
+    with door("embedded", upstream, tls, tmp_path, limits=limits) as gate:
+        held = [gate.connect() for _ in range(3)]
+        for link in held:  # each is served before the next thing happens
+            link.sendall(request("POST /v1/fleet/one HTTP/1.1", "Content-Length: 0"))
+            assert link.recv(1000).startswith(b"HTTP/1.1 200 ")
+        with gate.connect() as one_more:
+            assert rest(one_more) == b""
+        for link in held:
+            link.close()
+        assert _in_the_end(lambda: gate.ask("POST", "/v1/fleet/one")[0] == 200)
+
+
+def test_a_client_that_does_not_take_its_answer_is_cut_off(upstream: int, tls: Tls, tmp_path: Path) -> None:
+    limits = replace(QUICK, send_s=0.5)
+    with door("embedded", upstream, tls, tmp_path, limits=limits) as gate, gate.connect() as link:
+        link.sendall(request("POST /v1/fleet/big HTTP/1.1", "Content-Length: 0"))
+        assert _in_the_end(lambda: _is_met(gate, link))
+        assert _in_the_end(lambda: not _is_met(gate, link))
+        assert len(rest(link)) < 30_000_000
+
+
+def _is_met(gate: Door, link: ssl.SSLSocket) -> bool:
+    """Whether the gateway still has this connection."""
+    ours = link.getsockname()[1]
+    return any(each.raddr and each.raddr.port == ours for each in gate.process.net_connections("tcp"))
+
+
+def _in_the_end(is_so: Callable[[], bool]) -> bool:
+    """Whether something comes true within half a minute."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            if is_so():
+                return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> FedHome:
+    settings = {"federation": {"name": "trial", "address": "127.0.0.1:1"}, "gateway": {"bind": "127.0.0.1:1"}}
+    return FedHome.create(tmp_path / "fed", FedSettings.model_validate(settings))
+
+
+def _main(home: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cotune.server.gateway", "--home", str(home)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_gate_of_a_home_is_what_its_settings_say(home: FedHome) -> None:
+    gate = gate_of(home)
+    assert (gate.bind, gate.upstream, gate.max_body) == ("127.0.0.1:1", "https://127.0.0.1:9080", 64_000_000)
+    assert [gate.ca, gate.certificate, gate.key] == [home.tls / n for n in ("ca.crt", "server.crt", "server.key")]
+
+
+def test_without_a_home_it_ends_with_a_named_error(tmp_path: Path) -> None:
+    done = _main(tmp_path / "none")
+    assert (done.returncode, done.stderr.split()[0]) == (1, "E-FED-HOME")
+
+
+def test_with_a_damaged_certificate_it_ends_with_a_named_error(home: FedHome) -> None:
+    (home.tls / "server.crt").write_text("none")
+    done = _main(home.path)
+    assert (done.returncode, done.stderr.split()[0]) == (1, "E-TLS")
+    assert "Traceback" not in done.stderr
+
+
+def test_on_a_port_that_is_taken_it_ends_with_a_named_error(home: FedHome) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        file = home.path / "fed.toml"
+        file.write_text(file.read_text().replace('127.0.0.1:1"', f'127.0.0.1:{taken.getsockname()[1]}"'))
+        done = _main(home.path)
+    assert (done.returncode, done.stderr.split()[0]) == (2, "E-PORT")
+    assert "Traceback" not in done.stderr
 
 
 def test_the_filter_reads_request_lines_letter_for_letter() -> None:

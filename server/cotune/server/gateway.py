@@ -154,8 +154,8 @@ async def _meet(door: _Door, link: Link) -> None:
             return
         while await _answer_next(door, link):
             link.http.start_next_cycle()
-    except (OSError, TimeoutError):
-        pass  # the client has gone
+    except OSError:  # TimeoutError is one: the client has gone, or does not take its answer
+        link.writer.transport.abort()
     finally:
         door.open[address] -= 1
         if not door.open[address]:
