@@ -99,7 +99,8 @@ def _look_after(run: RunFolder, superlink: SuperLink) -> None:
         if barren > MAX_BARREN:
             run.set_state("failed", newest, _barren(run, newest))
             return
-        run.set_state("queued", newest)
+        if run.state()["status"] != "queued":
+            run.set_state("queued", newest)
     _give(run, replace(last, round=newest, barren=barren), superlink)
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cotune.shared.cli import job_file
 from cotune.shared.datasets import dataset_path
 from cotune.shared.errors import JobError, did_you_mean
-from cotune.shared.evaluation import choices_of
 from cotune.shared.files import file_sha256, write_atomic, write_json
 from cotune.shared.job import Job
 from cotune.shared.jobfile import load_job
-from cotune.shared.model import BaseModel, locate
-from cotune.shared.planning import make_plan, resolve
 from cotune.shared.records import read_records
 from cotune.shared.runs import RunFolder, create_run
 from cotune.shared.sections import CONTENT, SITE
+
+if TYPE_CHECKING:
+    from cotune.shared.model import BaseModel
 
 
 def prepare_deployed(
@@ -44,19 +45,15 @@ def prepare_deployed(
     Raises:
         CotuneError: Anything that would make the run fail later and can be known now.
     """
+    from cotune.shared.model import locate
+    from cotune.shared.planning import make_plan
+
     path = job_file(source)
-    given = load_job(path, overrides)
-    job = _for_sites(given, enrolled)
-    if not (job.is_private or i_know):
-        raise JobError(
-            "E-NON-PRIVATE",
-            "this run would give NO privacy; only sites made with --simulated take it, and every artefact says so",
-            hint="add --i-know if nobody's privacy is at stake",
-        )
+    job = _for_sites(load_job(path, overrides), enrolled)
+    _require_consent(job, i_know)
     say("base model (fetched and converted the first time) ...")
     base = locate(job)
-    job = _settled(job, base)
-    job, inputs = _without_paths(job)
+    job, inputs = _without_paths(_settled(job, base))
     plan = make_plan(job, base)
     run = create_run(out, job, path.read_bytes())
     run.inputs.mkdir()
@@ -65,6 +62,15 @@ def prepare_deployed(
     write_json(run.path / "plan.json", plan.to_dict())
     run.set_engine("deployed")  # last: from here on it may be given to Flower
     return run
+
+
+def _require_consent(job: Job, i_know: bool) -> None:
+    if not (job.is_private or i_know):
+        raise JobError(
+            "E-NON-PRIVATE",
+            "this run would give NO privacy; only sites made with --simulated take it, and every artefact says so",
+            hint="add --i-know if nobody's privacy is at stake",
+        )
 
 
 def _for_sites(job: Job, enrolled: Collection[str]) -> Job:
@@ -97,12 +103,16 @@ def _for_sites(job: Job, enrolled: Collection[str]) -> Job:
 
 def _settled(job: Job, base: BaseModel) -> Job:
     """Every `auto` filled but what each site's machine decides for itself, and the base model pinned."""
+    from cotune.shared.planning import resolve
+
     pinned = job.replace(model={"sha256": job.model.sha256 or base.sha256})
     return resolve(pinned).replace(simulation={"workers": 1, "threads": job.simulation.threads})
 
 
 def _without_paths(job: Job) -> tuple[Job, Mapping[str, Path]]:
     """The job with public rows named by their hashes, and the files they are in."""
+    from cotune.shared.evaluation import choices_of
+
     files = {"eval.data": _file(job.eval.data), "aggregation.root": _file(job.aggregation.root)}
     if files["eval.data"] and job.eval.choices == "auto":
         rows = read_records(files["eval.data"])
