@@ -20,7 +20,7 @@ from tests.integration.couriers import Courier, Desk, JoinedSite, SuperLink, joi
 
 from cotune.shared.bundle import bundle_sha256
 from cotune.shared.files import write_atomic
-from cotune.shared.plan import LedgerRequest
+from cotune.shared.plan import LedgerRequest, cotune_version
 from cotune.shared.proposal import JobStanding, Proposal
 from cotune.shared.update import AdapterUpdate, Answer, SiteFailure
 from cotune.shared.wire import (
@@ -93,7 +93,9 @@ def courier(world: World, request: pytest.FixtureRequest) -> Iterator[Courier]:
 def test_rounds_proposals_and_the_ledger_go_there_and_back(world: World) -> None:
     job, site = world.site.site.job, world.site.site.plan().site
     signature = world.site.plan().signature
-    asked = Proposal(run_id="run-1", job=job, site=site, bundle_sha256=bundle_sha256(), signature=signature)
+    asked = Proposal(
+        run_id="run-1", job=job, site=site, bundle_sha256=bundle_sha256(), signature=signature, cotune=cotune_version()
+    )
     message = world.desk.ask(world.site.node_id, "query", proposal_to_records(asked))
     standing = standing_from_records(world.desk.answer(message).content, site)
     assert isinstance(standing, JobStanding)

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -233,7 +233,7 @@ class Courier:
 
 
 @contextlib.contextmanager
-def _given_up() -> Iterator[None]:
+def _given_up() -> Generator[None]:
     """What was kept and cannot be read any more, or what Flower will never take, is not tried again."""
     try:
         yield

@@ -138,7 +138,7 @@ def _make(name: str, check: Callable[[ExportedLedger], str], exported: ExportedL
         return Check(name, True, check(exported))
     except CotuneError as error:
         return Check(name, False, error.message)
-    except (ValueError, KeyError, TypeError, ArithmeticError) as error:
+    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
         return Check(name, False, f"cannot be checked ({type(error).__name__})")
 
 
