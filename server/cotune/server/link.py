@@ -23,8 +23,8 @@ class Limits:
         handshake_s: For the TLS handshake.
         header_s: From the first byte of a request to the end of its headers.
         idle_s: Between two requests.
-        body_s: For a body, to which one second is added for each `body_rate` bytes that came.
-        body_rate: The slowest a body may be sent, bytes a second.
+        body_s: How far a body may fall behind `body_rate`; no pause in it may be longer.
+        body_rate: The slowest a body may be sent for long, bytes a second.
         send_s: For each piece of an answer to be taken.
         linger_s: For a client that was refused to read why, before the connection is cut.
         connections: Open at a time.
@@ -100,14 +100,18 @@ class Link:
         """
         if self.http.they_are_waiting_for_100_continue:
             await self.send(h11.InformationalResponse(status_code=100, headers=[]))
-        start, size = asyncio.get_running_loop().time(), 0
-        while isinstance(
-            event := await self.event(start + self.limits.body_s + size / self.limits.body_rate), h11.Data
-        ):
+        clock, size, patience_s = asyncio.get_running_loop().time, 0, self.limits.body_s
+        while True:
+            began = clock()
+            event = await self.event(began + patience_s)
+            if not isinstance(event, h11.Data):
+                return
             size += len(event.data)
             if size > cap:
                 raise Refused(413, "body too large")
-            yield bytes(event.data)
+            earned_s = len(event.data) / self.limits.body_rate
+            patience_s = min(self.limits.body_s, patience_s - (clock() - began) + earned_s)
+            yield bytes(event.data)  # what the SuperLink takes its time for is not the client's fault
 
     async def send(self, event: h11.Event) -> None:
         """Send a piece of an answer.
