@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 import psutil
-import tomli_w
 
 from clipping import RESULTS, machine
+from cotune.server.control import Control
 from cotune.shared.job import Job
 from cotune.shared.jobfile import load_job
 from cotune.shared.model import locate
@@ -148,7 +148,7 @@ def run_plain(case: Case, job: Job, folder: Path) -> dict[str, Any]:
     port = flower._free_port()
     environment = flower._environment(home, port)
     with flower._superlink(home, port, environment, home / "flower.log") as process, watched(process.pid) as watch:
-        run_id = _submit(case, job, times, environment)
+        run_id = _submit(case, job, times, Control(environment))
         asked = time.monotonic()
         while len(ends := times.read_text().split()) < case.rounds + 2:  # the first is the start
             time.sleep(POLL_S)
@@ -156,8 +156,8 @@ def run_plain(case: Case, job: Job, folder: Path) -> dict[str, Any]:
                 raise SystemExit(f"Flower's SuperLink ended: {(home / 'flower.log').read_text()}")
             if time.monotonic() - asked > ASK_S:
                 asked = time.monotonic()
-                _require_running(run_id, environment)
-        said = _log(run_id, environment)
+                _require_running(run_id, Control(environment), home)
+        said = _log(run_id, Control(environment), home)
     _require_answers(case, [int(n) for n in re.findall(r":INFO:aggregate_train: Received (\d+) results", said)])
     return figures(started, [float(end) for end in ends[1:]], watch) | _parts(said)
 
@@ -168,29 +168,21 @@ def _parts(said: str) -> dict[str, float]:
     return {part: statistics.median(map(float, values[1:])) for part, values in found.items()}
 
 
-def _submit(case: Case, job: Job, times: Path, environment: dict[str, str]) -> str:
-    federation = (
-        f"num-supernodes={case.sites} client-resources-num-cpus=1 client-resources-num-gpus=0.0"
-        f" init-args-num-cpus={WORKERS} init-args-num-gpus=0"
-    )
-    file = times.with_name("config.toml")
-    file.write_text(tomli_w.dumps(plain_settings(job, case.asked, times)), encoding="utf-8")
-    options = ["--run-config", str(file), "--federation-config", federation]
-    answer = flower._flwr(["run", str(PLAIN), flower.CONNECTION, *options], environment)
-    if not answer.get("success"):
-        raise SystemExit(f"Flower did not accept the plain app: {answer}")
-    return str(answer["run-id"])
+def _submit(case: Case, job: Job, times: Path, control: Control) -> str:
+    engine = {"num-supernodes": case.sites, "client-resources-num-cpus": 1, "client-resources-num-gpus": 0.0}
+    engine |= {"init-args-num-cpus": WORKERS, "init-args-num-gpus": 0}
+    return control.run(PLAIN, plain_settings(job, case.asked, times), engine)
 
 
-def _require_running(run_id: str, environment: dict[str, str]) -> None:
-    listed = flower._flwr(["list", flower.CONNECTION, "--run-id", run_id], environment)
-    if any(run["status"] == "finished:failed" for run in listed.get("runs", ())):
-        raise SystemExit(f"the plain app failed:\n{_log(run_id, environment)}")
+def _require_running(run_id: str, control: Control, home: Path) -> None:
+    if control.runs().get(run_id) == "finished:failed":
+        raise SystemExit(f"the plain app failed:\n{_log(run_id, control, home)}")
 
 
-def _log(run_id: str, environment: dict[str, str]) -> str:
-    command = ["flwr", "log", run_id, flower.CONNECTION, "--show"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+def _log(run_id: str, control: Control, home: Path) -> str:
+    file = home / "run.log"
+    control.log(run_id, file)
+    return file.read_text(encoding="utf-8")
 
 
 def _require_answers(case: Case, answers: Sequence[int]) -> None:
@@ -230,6 +222,7 @@ def figures(started: float, ends: Sequence[float], watch: Watch) -> dict[str, An
     cpu_s = np.diff(np.interp(ends, times, cpu)).tolist()
     return {
         "until_first_round_s": ends[0] - started,
+        "until_first_round_cpu_s": float(np.interp(ends[0], times, cpu)),
         "wall_s": wall_s,
         "cpu_s": cpu_s,
         "wall_median_s": statistics.median(wall_s),

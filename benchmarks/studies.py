@@ -108,7 +108,7 @@ def encoder(folder: Path) -> str:
 
 
 def plain_settings(job: Job, asked: int, times: Path) -> dict[str, Any]:
-    """The plain app's settings, each section's from the resolved job.
+    """The plain app's settings, each section's from the resolved job, by `section.name`.
 
     Args:
         job: The resolved job.
@@ -118,10 +118,9 @@ def plain_settings(job: Job, asked: int, times: Path) -> dict[str, Any]:
     app = tomllib.loads((PLAIN / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]
     job = job.replace(model={"base": str(locate(job).folder)})
     said: dict[str, Any] = job.model_dump(mode="json") | {"times": str(times), "fraction_train": asked / job.sites}
-    return {
-        name: {key: _plain(said[name][key]) for key in value} if isinstance(value, dict) else said[name]
-        for name, value in app["config"].items()
-    }
+    wanted = {name: list(value) if isinstance(value, dict) else [] for name, value in app["config"].items()}
+    found = {f"{name}.{key}": _plain(said[name][key]) for name, keys in wanted.items() for key in keys}
+    return found | {name: said[name] for name, keys in wanted.items() if not keys}
 
 
 def _plain(value: Any) -> Any:

@@ -73,6 +73,21 @@ def test_two_objects_share_what_is_on_disk(make_job: Any, tmp_path: Path) -> Non
     assert_same(Features(network, examples, tmp_path / "kept").of([6]), network.encode([examples[6]]))
 
 
+@pytest.mark.parametrize("on_disk", [True, False], ids=["disk", "memory"])
+def test_filled_outputs_are_those_of_each_record_alone_and_are_made_once(
+    make_job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_disk: bool
+) -> None:
+    job = make_job()
+    network, examples = network_of(job), examples_of(job)
+    kept = Features(network, examples, tmp_path / "kept" if on_disk else None)
+    kept.of([3])
+    kept.fill()
+    wanted = [network.encode([example])[0] for example in examples]
+    monkeypatch.delattr(network, "_lower")  # nothing can be made any more
+    kept.fill()
+    assert_same(kept.of(range(20)), wanted)
+
+
 def test_what_is_kept_lies_in_a_folder_for_its_owner_alone(make_job: Any, tmp_path: Path) -> None:
     job = make_job()
     Features(network_of(job), examples_of(job), tmp_path / "kept").of([0])
@@ -90,6 +105,7 @@ def test_other_records_in_the_same_folder_never_get_the_old_ones_outputs(make_jo
 def test_nothing_is_kept_of_a_network_that_cannot_be_split(make_job: Any, tmp_path: Path) -> None:
     job = make_job(lora={"last_layers": "all"})
     kept = Features(network_of(job), examples_of(job), tmp_path / "kept")
+    kept.fill()
     assert kept.of([0, 1]) is None
     assert not (tmp_path / "kept").exists()
 

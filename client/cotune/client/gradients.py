@@ -21,7 +21,7 @@ from cotune.shared.adapter import Vector
 from cotune.shared.errors import ModelError
 from cotune.shared.examples import Example
 from cotune.shared.methods import trainable
-from cotune.shared.network import Network
+from cotune.shared.network import Network, passes
 
 MIXING_SETTINGS = ("output_router_logits", "expert_capacity")  # of a mixture of experts: a loss, a limit a batch
 POOLED = ".modules_to_save."  # where PEFT puts a head
@@ -112,8 +112,8 @@ class PerExampleGradients:
         _refuse_mixing(network.inner)
         self._network = network
         self._layers = _instrument(network.adapted)
-        covered = {id(p): layer for layer in self._layers for p in layer.parameters(recurse=False)}
-        self._owners: dict[str, tuple[PerExampleLinear, str]] = {}
+        covered = {id(p): place for place, layer in enumerate(self._layers) for p in layer.parameters(recurse=False)}
+        self._owners: dict[str, tuple[int, str]] = {}
         for name, parameter in trainable(network.adapted).items():
             if id(parameter) not in covered:
                 raise ModelError("E-LORA-LAYER", f"{name}: only linear layers can be trained with per-example clipping")
@@ -129,16 +129,39 @@ class PerExampleGradients:
             examples: n examples.
             hidden: Their `Network.encode` outputs, or None to run the whole model.
         """
+        places = list(passes(examples, len(examples)))
+        order = [place for some in places for place in some]
+        try:
+            forward = [
+                self._forward([examples[p] for p in some], hidden and [hidden[p] for p in some]) for some in places
+            ]
+            # The output layer reads the vocabulary, most of a small step: once for examples of all lengths.
+            joined = torch.cat([states.detach() for states, _ in forward]).requires_grad_()
+            losses = self._network.losses_from(joined, [examples[place] for place in order])
+            losses.sum().backward()
+            sizes = [len(states) for states, _ in forward]
+            for (states, copies), gradient in zip(forward, _grad(joined).split(sizes), strict=True):
+                self._use(copies)  # with checkpointing, layers run again
+                states.backward(gradient)
+        finally:
+            self._use([{} for _ in self._layers])
+        found = {
+            name: _in_order([_grad(copies[layer].pop(part)) for _, copies in forward], places)
+            for name, (layer, part) in self._owners.items()
+        }
+        return PerExample(found, _in_order([losses.detach()], [order]))
+
+    def _forward(
+        self, examples: Sequence[Example], hidden: Sequence[Vector] | None
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """One pass up to the output layer: the states it reads, and each layer's leaves."""
         for layer in self._layers:
             layer.expand(len(examples))
-        try:
-            losses = self._network.losses(examples, hidden)
-            losses.sum().backward()
-            found = {name: _grad(layer.copies[part]) for name, (layer, part) in self._owners.items()}
-            return PerExample(found, losses.detach())
-        finally:
-            for layer in self._layers:
-                layer.expand(0)
+        return self._network.states(examples, hidden), [layer.copies for layer in self._layers]
+
+    def _use(self, copies: Sequence[dict[str, Tensor]]) -> None:
+        for layer, leaves in zip(self._layers, copies, strict=True):
+            layer.copies = leaves
 
     def _try_side_by_side(self) -> None:
         """Refuse a network that says something else of an example when another stands beside it."""
@@ -153,6 +176,16 @@ class PerExampleGradients:
 def _grad(leaf: Tensor) -> Tensor:
     # A layer no loss depends on has no gradient: its per-example gradient is zero.
     return leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+
+
+def _in_order(parts: Sequence[Tensor], places: Sequence[list[int]]) -> Tensor:
+    """The rows of all parts, each at its place."""
+    if len(parts) == 1 and places[0] == sorted(places[0]):
+        return parts[0]
+    whole = torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=parts[0].dtype, device=parts[0].device)
+    for part, at in zip(parts, places, strict=True):
+        whole[at] = part
+    return whole
 
 
 def _mixes(what: str) -> ModelError:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,13 +46,25 @@ class Features:
         if not self._kept:
             return None
         found = {row: self._read(row) for row in set(rows)}
-        missing = [row for row in dict.fromkeys(rows) if found[row] is None]
-        for places in passes([self._examples[row] for row in missing], CHUNK):
-            chunk = [missing[place] for place in places]
+        found.update(self._make([row for row in dict.fromkeys(rows) if found[row] is None]))
+        return [hidden for row in rows if (hidden := found[row]) is not None]
+
+    def fill(self) -> None:
+        """Keep the outputs of all rows: full passes take less time than what each batch is short of."""
+        if self._kept:
+            for _ in self._make([row for row in range(len(self._examples)) if not self._has(row)]):
+                pass
+
+    def _make(self, rows: Sequence[int]) -> Iterator[tuple[int, Vector]]:
+        """Compute and keep these rows' outputs."""
+        for places in passes([self._examples[row] for row in rows], CHUNK):
+            chunk = [rows[place] for place in places]
             for row, hidden in zip(chunk, self._network.encode([self._examples[r] for r in chunk]), strict=True):
                 self._keep(row, hidden)
-                found[row] = hidden
-        return [hidden for row in rows if (hidden := found[row]) is not None]
+                yield row, hidden
+
+    def _has(self, row: int) -> bool:
+        return row in self._memory if self._folder is None else self._path(self._folder, row).exists()
 
     def _read(self, row: int) -> Vector | None:
         if self._folder is None:

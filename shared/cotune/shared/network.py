@@ -74,21 +74,21 @@ class Network:
         Returns:
             Logits (m, classes), targets (m,) and the row each belongs to (m,).
         """
+        return self._logits_from(self.states(examples, hidden), examples)
+
+    def losses(self, examples: Sequence[Example], hidden: Sequence[Vector] | None) -> Tensor:
+        """Mean cross-entropy of each example over its own learnt tokens, shape (n,), fp32, in nats."""
+        return self.losses_from(self.states(examples, hidden), examples)
+
+    def states(self, examples: Sequence[Example], hidden: Sequence[Vector] | None) -> Tensor:
+        """What the output layer reads wherever something is learnt, shape (m, width); of a classifier the logits."""
         if self.classify:
             ids = self._ids(examples)
             lengths = self._tensor([[len(e.ids)] for e in examples])
             mask = (torch.arange(ids.shape[1], device=self.device) < lengths).long()
-            targets = self._tensor([example.label for example in examples])
-            logits = self.inner(input_ids=ids, attention_mask=mask).logits
-            return logits, targets, torch.arange(len(examples), device=self.device)
+            return self.inner(input_ids=ids, attention_mask=mask).logits
         rows = self._tensor([row for row, e in enumerate(examples) for _ in e.ids[e.start :]])
         columns = self._tensor([i for e in examples for i in range(e.start - 1, len(e.ids) - 1)])
-        targets = self._tensor([token for e in examples for token in e.ids[e.start :]])
-        return self._next_token(examples, hidden, rows, columns), targets, rows
-
-    def _next_token(
-        self, examples: Sequence[Example], hidden: Sequence[Vector] | None, rows: Tensor, columns: Tensor
-    ) -> Tensor:
         # Padding is on the right and attention is causal: no real token ever sees it.
         if self._body is None:
             return self.inner(input_ids=self._ids(examples), use_cache=False).logits[rows, columns]
@@ -96,13 +96,21 @@ class Network:
             states = self._body(input_ids=self._ids(examples), use_cache=False)
         else:
             states = self._upper(inputs_embeds=self._states(hidden), use_cache=False)
-        # The vocabulary is wide: only the places where something is learnt meet it.
-        return self.inner.get_output_embeddings()(states.last_hidden_state[rows, columns])
+        return states.last_hidden_state[rows, columns]
 
-    def losses(self, examples: Sequence[Example], hidden: Sequence[Vector] | None) -> Tensor:
-        """Mean cross-entropy of each example over its own learnt tokens, shape (n,), fp32, in nats."""
-        logits, targets, rows = self.logits(examples, hidden)
+    def losses_from(self, states: Tensor, examples: Sequence[Example]) -> Tensor:
+        """As `losses`, from the states of any number of passes one after the other."""
+        logits, targets, rows = self._logits_from(states, examples)
         return mean_by_row(functional.cross_entropy(logits.float(), targets, reduction="none"), rows, len(examples))
+
+    def _logits_from(self, states: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
+        if self.classify:
+            targets = self._tensor([example.label for example in examples])
+            return states, targets, torch.arange(len(examples), device=self.device)
+        rows = self._tensor([row for row, e in enumerate(examples) for _ in e.ids[e.start :]])
+        targets = self._tensor([token for e in examples for token in e.ids[e.start :]])
+        # The vocabulary is wide: only the places where something is learnt meet it.
+        return states if self._body is None else self.inner.get_output_embeddings()(states), targets, rows
 
     def _tensor(self, values: list[Any]) -> Tensor:
         return torch.tensor(values, device=self.device)
