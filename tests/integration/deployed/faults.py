@@ -20,7 +20,7 @@ VICTIM = "site-2"  # whose machine things happen to
 REACH_S = 600.0
 GLANCE_S = 0.002
 FULL_KIB = 4096  # left of a small disk by nothing but its filler
-Strike = Callable[[Federation, RunFolder], None]
+Strike = Callable[[Federation, RunFolder, int], None]
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,15 @@ class Fault:
 
     Attributes:
         kind: F1 to F7.
-        strike: Waits for its moment in the run, does it, and returns when it is over.
-        at_round: The round it waits for.
+        strike: Does it to a round that has just begun, and returns when it is over.
         may_recharge: Whether a round that was being trained may be lost by it, and charged again once.
-        bound_s: How long the run may take afterwards, on a quiet machine.
+        bound_s: How long it may take afterwards until a round is finished, on a quiet machine.
     """
 
     kind: str
     strike: Strike
-    at_round: int = 2
     may_recharge: bool = False
-    bound_s: float = 180.0
+    bound_s: float = 90.0
 
 
 def in_round(run: RunFolder, number: int) -> bool:
@@ -63,11 +61,23 @@ def kill(party: Party, who: str, sent: int = signal.SIGKILL) -> int:
     return struck
 
 
-def killing(who: str, down_s: float = 0.0, at_round: int = 2) -> Strike:
+def killing_late(who: str) -> Strike:
+    """SIGKILL once the first site of the round has committed its update."""
+
+    def strike(made: Federation, run: RunFolder, number: int) -> None:
+        homes = [made.sites[site].home for site in run.job().data.sites]
+        await_until(
+            lambda: any(_committed(home, run.run_id, number) for home in homes), "no site trained", REACH_S, made
+        )
+        kill(owner(made, who), who)
+
+    return strike
+
+
+def killing(who: str, down_s: float = 0.0) -> Strike:
     """SIGKILL, again whenever it comes back, until `down_s` have passed."""
 
-    def strike(made: Federation, run: RunFolder) -> None:
-        await_round(made, run, at_round)
+    def strike(made: Federation, run: RunFolder, number: int) -> None:
         party = owner(made, who)
         await_until(lambda: kill(party, who), f"there was no {who}", REACH_S, made)
         until = time.monotonic() + down_s
@@ -86,8 +96,7 @@ def owner(made: Federation, who: str) -> Party:
 def killing_up(who: str, back_after_s: float = 3.0) -> Strike:
     """SIGKILL of what keeps a party up, which takes all its processes along; brought up again as a service is."""
 
-    def strike(made: Federation, run: RunFolder) -> None:
-        await_round(made, run, 2)
+    def strike(made: Federation, run: RunFolder, number: int) -> None:
         party = owner(made, who)
         made.ups[party.machine.name].kill()
         made.ups[party.machine.name].wait()
@@ -98,15 +107,14 @@ def killing_up(who: str, back_after_s: float = 3.0) -> Strike:
 
 
 def killing_agent(point: str) -> Strike:
-    """SIGKILL of the agent at a point of the second round, seen in the ledger and the updates it writes."""
+    """SIGKILL of the agent at a point of the round, seen in the ledger and the updates it writes."""
 
-    def strike(made: Federation, run: RunFolder) -> None:
-        await_round(made, run, 2)
+    def strike(made: Federation, run: RunFolder, number: int) -> None:
         site = made.sites[VICTIM]
         agents = site.victims("agent")
         reached = POINTS[point]
         deadline = time.monotonic() + REACH_S
-        while not reached(site.home, run.run_id, 2):
+        while not reached(site.home, run.run_id, number):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the agent never got to: {point}")
             time.sleep(GLANCE_S)
@@ -159,8 +167,7 @@ POINTS: Mapping[str, Callable[[Path, str, int], bool]] = {
 def stopping(who: str, seconds: float) -> Strike:
     """SIGSTOP, and SIGCONT later."""
 
-    def strike(made: Federation, run: RunFolder) -> None:
-        await_round(made, run, 2)
+    def strike(made: Federation, run: RunFolder, number: int) -> None:
         party = owner(made, who)
         stopped = party.victims(who)
         for process in stopped:
@@ -176,27 +183,26 @@ def stopping(who: str, seconds: float) -> Strike:
 def unplugging(seconds: float, times: int = 1, pause_s: float = 2.0) -> Strike:
     """Cut a site's cable, so often and so long."""
 
-    def strike(made: Federation, run: RunFolder) -> None:
-        await_round(made, run, 2)
+    def strike(made: Federation, run: RunFolder, number: int) -> None:
         machine = made.sites[VICTIM].machine
-        for number in range(times):
+        for left in reversed(range(times)):
             machine.unplug()
             time.sleep(seconds)
             machine.plug()
-            if number + 1 < times:
+            if left:
                 time.sleep(pause_s)
 
     return strike
 
 
 def slow(kbit: int) -> Strike:
-    """A slow line to a site, from before the run's first round until its end."""
+    """A slow line from a site, for a whole round."""
 
-    def strike(made: Federation, run: RunFolder) -> None:
+    def strike(made: Federation, run: RunFolder, number: int) -> None:
         machine = made.sites[VICTIM].machine
         machine.slow_down(kbit)
         try:
-            await_until(lambda: in_round(run, 3), "the last round did not begin", REACH_S, made)
+            await_round(made, run, number + 1)
         finally:
             machine.speed_up()
 
@@ -206,8 +212,7 @@ def slow(kbit: int) -> Strike:
 def wire_is(seconds: float, **line: object) -> Strike:
     """The line between sites and gateway as `wire.Line` says, for a while."""
 
-    def strike(made: Federation, run: RunFolder) -> None:
-        await_round(made, run, 2)
+    def strike(made: Federation, run: RunFolder, number: int) -> None:
         made.relay.be(**line)
         time.sleep(seconds)
         made.relay.heal()
@@ -218,8 +223,7 @@ def wire_is(seconds: float, **line: object) -> Strike:
 def filling(place: Callable[[Federation], Path], seconds: float) -> Strike:
     """Fill a small disk to its last block, and free it later."""
 
-    def strike(made: Federation, run: RunFolder) -> None:
-        await_round(made, run, 2)
+    def strike(made: Federation, run: RunFolder, number: int) -> None:
         with filled(place(made)):
             time.sleep(seconds)
 
@@ -241,15 +245,15 @@ def filled(folder: Path) -> Generator[None]:
 
 FAULTS: Mapping[str, Fault] = {
     "coordinator's process killed in a round": Fault("F1", killing("coordinator")),
-    "coordinator's process killed in the last round": Fault("F1", killing("coordinator", at_round=3)),
-    "fed up killed, up again after 3 s": Fault("F1", killing_up("fed up"), bound_s=240),
+    "coordinator's process killed between answers": Fault("F1", killing_late("coordinator")),
+    "fed up killed, up again after 3 s": Fault("F1", killing_up("fed up"), bound_s=150),
     "superlink killed, down 5 s": Fault("F2", killing("superlink", 5)),
-    "superlink killed, down 30 s": Fault("F2", killing("superlink", 30), bound_s=240),
-    "superlink killed, down 90 s": Fault("F2", killing("superlink", 90), bound_s=300),
+    "superlink killed, down 30 s": Fault("F2", killing("superlink", 30), bound_s=150),
+    "superlink killed, down 90 s": Fault("F2", killing("superlink", 90), bound_s=180),
     "superexec killed": Fault("F2", killing("superexec")),
     "gateway killed": Fault("F2", killing("gateway")),
     "courier killed": Fault("F3", killing("courier")),
-    "site up killed, up again after 3 s": Fault("F3", killing_up("site up"), may_recharge=True, bound_s=240),
+    "site up killed, up again after 3 s": Fault("F3", killing_up("site up"), may_recharge=True, bound_s=150),
     **{
         f"agent killed {point}": Fault("F4", killing_agent(point), may_recharge=point != "once it is committed")
         for point in POINTS
@@ -257,10 +261,10 @@ FAULTS: Mapping[str, Fault] = {
     "agent stopped 20 s": Fault("F5", stopping("agent", 20)),
     "courier stopped 70 s": Fault("F5", stopping("courier", 70)),
     "superlink stopped 20 s": Fault("F5", stopping("superlink", 20)),
-    "coordinator's process stopped 70 s": Fault("F5", stopping("coordinator", 70), bound_s=240),
+    "coordinator's process stopped 70 s": Fault("F5", stopping("coordinator", 70), bound_s=150),
     "site cut off 5 s": Fault("F6", unplugging(5)),
     "site cut off 40 s": Fault("F6", unplugging(40)),
-    "site cut off 120 s": Fault("F6", unplugging(120), bound_s=240),
+    "site cut off 120 s": Fault("F6", unplugging(120), bound_s=150),
     "site flapping every 2 s, ten times": Fault("F6", unplugging(2, 10)),
     "line of 1 Mbit/s": Fault("F6", slow(1000)),
     "line that swallows answers 20 s": Fault("F6", wire_is(20, swallow="down")),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,22 +35,24 @@ class History:
     Attributes:
         run: Its folder.
         homes: Site -> its home.
+        kept: Site -> a folder with all updates it gave, laid out as its home.
         keys: Site -> the key it is enrolled with.
         before: Site -> hashes of its ledger's lines before the run.
         outside: Everything that what sites sent can be in.
         expected: The adapter of an undisturbed run; None where noise is fresh.
-        seconds: From the end of the last fault until the run ended.
-        bound_s: The longest that may take.
+        may_be_lost: Site and round of what a fault may have hit in training: it may be charged again, once.
+        recovered: Fault -> seconds until a round was finished after it, and how many were allowed.
     """
 
     run: RunFolder
     homes: Mapping[str, Path]
+    kept: Mapping[str, Path]
     keys: Mapping[str, str]
     before: Mapping[str, Sequence[str]]
     outside: Sequence[Path]
     expected: bytes | None
-    seconds: float
-    bound_s: float
+    may_be_lost: Set[tuple[str, int]]
+    recovered: Mapping[str, tuple[float, float]]
 
     @property
     def succeeded(self) -> bool:
@@ -113,8 +115,8 @@ def within_budget(history: History) -> Iterator[str]:
         if spent > dataset.budget.epsilon_total:
             yield f"{site}: spent {spent:.3f} of {dataset.budget.epsilon_total}"
     for (site, number), charges in history.charges().items():
-        if charges > MAX_CHARGES:
-            yield f"{site}: round {number} was charged {charges} times"
+        if charges > (MAX_CHARGES if (site, number) in history.may_be_lost else 1):
+            yield f"{site}: round {number} was charged again, {charges} times in all"
 
 
 def ledgers_grow(history: History) -> Iterator[str]:
@@ -148,7 +150,10 @@ def adapter_adds_up(history: History) -> Iterator[str]:
     """I5: the adapter is the start and the sites' own updates added up in order, to the bit; and as undisturbed."""
     if not history.succeeded:
         return
-    found, by_hand = load_file(history.adapter), replayed(history.run, history.homes)
+    found, by_hand = (
+        load_file(history.adapter),
+        replayed(history.run, {site: history.kept[site] for site in history.homes}),
+    )
     if found.keys() != by_hand.keys() or any(found[n].tobytes() != by_hand[n].tobytes() for n in found):
         yield "the adapter is not what the sites' updates add up to"
     if history.expected is not None and history.adapter.read_bytes() != history.expected:
@@ -160,7 +165,7 @@ def accepted_is_signed(history: History) -> Iterator[str]:
     heads = history.heads()
     for site, number in history.accepted():
         commits = [e for e in history.of_run(site, "budget.commit") if e.fields["round"] == number]
-        kept = Updates(history.homes[site] / "updates").read(history.run.run_id, number)
+        kept = Updates(history.kept[site] / "updates").read(history.run.run_id, number)
         head = heads.get(site)
         if head is None or head.public_key != history.keys[site] or not head_is_genuine(head):
             yield f"{site}: the coordinator holds no head signed by its key"
@@ -189,14 +194,15 @@ def nothing_leaks(history: History) -> Iterator[str]:
 
 
 def ends_in_time(history: History) -> Iterator[str]:
-    """I9: the run ends, with a result or paused by a named reason, in time after the last fault."""
+    """I9: the run ends, with a result or paused by a named reason, and goes on in time after each fault."""
     state = history.run.state()
     if state["status"] not in ENDS:
         yield f"the run is {state['status']}: {state.get('error')}"
     if state["status"] == "paused" and not (state.get("error") or {}).get("code"):
         yield "the run is paused and does not say why"
-    if history.seconds > history.bound_s:
-        yield f"the run took {history.seconds:.0f} s after the fault, at most {history.bound_s:.0f} were allowed"
+    for fault, (seconds, allowed) in history.recovered.items():
+        if seconds > allowed:
+            yield f"{fault}: no round was finished for {seconds:.0f} s, at most {allowed:.0f} were allowed"
 
 
 INVARIANTS: dict[str, Callable[[History], Iterator[str]]] = {

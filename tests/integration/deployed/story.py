@@ -36,7 +36,7 @@ class Story:
         """A job over site-4 alone."""
         records = {"site-4": self.folder / "records" / "site-4.jsonl"}
         model = Path(load_job(self.job).model.base)
-        return write_job(self.folder / name, model, records, run={"name": name, "seed": seed})
+        return write_job(self.folder / name, model, records, run={"name": name, "seed": seed, "rounds": 3})
 
     def await_round(self, run: RunFolder) -> None:
         """Wait until a run has finished a round."""

@@ -13,7 +13,7 @@ import tomli_w
 from tests.integration.killed_study import rows, write_rows
 
 SITES = ("site-1", "site-2", "site-3")
-ROUNDS = 3
+ROUNDS = 8
 RECORDS = 30
 DATASET = "notes"
 QUIET = {

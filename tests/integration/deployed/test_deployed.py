@@ -7,6 +7,7 @@ import shutil
 import pytest
 from tests.integration.deployed.federation import PORT
 from tests.integration.deployed.invariants import broken
+from tests.integration.deployed.keeping import keeping
 from tests.integration.deployed.networks import why_not
 from tests.integration.deployed.probes import answers, open_ports, tls_refusal
 from tests.integration.deployed.run_faults import history_of
@@ -27,9 +28,10 @@ SHUT = (
 def test_a_run_over_the_network_ends_with_the_adapter_of_the_simulation(story: Story) -> None:
     made, before = story.made, story.made.ledger_hashes()
     run = story.first = made.submit(story.job)
-    made.approve()
-    assert made.wait(run) == "succeeded", run.state()
-    history = history_of(made, run, before, story.expected, 0.0, 1.0)
+    with keeping(made, run, story.folder / "kept" / run.run_id) as kept:
+        made.approve()
+        assert made.wait(run) == "succeeded", run.state()
+    history = history_of(made, run, before, story.expected, kept)
     assert broken(history) == []
     assert made.coordinator.tell("status", run.run_id)["state"] == "succeeded"
     assert set(history.charges().values()) == {1}
