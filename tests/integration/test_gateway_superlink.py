@@ -120,7 +120,8 @@ def test_three_gigabytes_are_413_and_neither_process_grows(gate: Door, link: tup
                     client.sendall(piece)
                     sent += len(piece)
             assert rest(client).split()[1:2] in ([b"413"], [])
-            assert sent < 1_000_000_000
+            if gate.kind == "embedded":  # nginx reads on for two seconds, and lets go of what it reads
+                assert sent < 200_000_000
     assert gate.memory() - before[0] < 50_000_000
     assert link[1].memory_info().rss - before[1] < 100_000_000
 
