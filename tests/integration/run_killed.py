@@ -142,7 +142,7 @@ def torment(
     """Run a job to its end through the kills of a plan; None, and a fault, if it does not get there."""
     left, floor, history = deque(plan), 0, None
     for number in range(2 * len(plan) + 2):
-        attempt, struck = Attempt(study, out, floor), False
+        attempt, struck, fatal = Attempt(study, out, floor), False, False
         figures.resumes += attempt.resumes
         figures.restarts += number > 0 and not attempt.resumes
         while left and attempt.sees(left[0], pace):
@@ -152,6 +152,7 @@ def torment(
             struck = True
             figures.kills[f"{study.engine}, {moment.victim}, {moment.stage}"] += 1
             if moment.victim not in SURVIVED:
+                fatal = True
                 break
             history = look(history, attempt.run, study)
             if history and moment.victim == "actor":  # its child trains on, while the site is asked again
@@ -163,6 +164,10 @@ def torment(
         if run is not None and finished(run):
             return history or History(run, study.homes)
         history = look(history, run, study)
+        if struck and not fatal:
+            figures.faults.append(
+                f"{out}: ended with {code} of what it is to survive: {study.said(out).read_text()[-400:]}"
+            )
         if not struck:
             figures.faults.append(f"{out}: ended with {code}: {study.said(out).read_text()[-400:]}")
             return None
@@ -264,18 +269,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--only", choices=["inline", "flower", "real"], help="one of the three parts, with its share")
     chosen = parser.parse_args()
     real, flower = chosen.kills * 8 // 100, chosen.kills * 20 // 100
-    chance = random.Random(chosen.seed)  # noqa: S311 - when to kill is no secret
     with tempfile.TemporaryDirectory(prefix="cotune-kills-") as name:
         folder = Path(name)
         os.environ |= {"COTUNE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
         model = tiny_model(folder / "model")
         study, homes = write_study(folder / "seeded", model, 5), write_home_study(folder / "homes", model)
-        whole = undisturbed(study)
-        figures = series(study, chosen.kills - flower - real, inline_plan, chance, whole)
-        figures.add(series(replace(study, engine="flower"), flower, flower_plan, chance, whole))
-        figures.add(series(homes, real, inline_plan, chance, (None, whole[1])))
+        whole, figures = undisturbed(study), Figures()
+        parts = {
+            "inline": (study, chosen.kills - flower - real, inline_plan, whole),
+            "flower": (replace(study, engine="flower"), flower, flower_plan, whole),
+            "real": (homes, real, inline_plan, (None, whole[1])),
+        }
+        for part, (killed, kills, plan_of, undone) in parts.items():
+            chance = random.Random(f"{chosen.seed} {part}")  # noqa: S311 - when to kill is no secret
+            if chosen.only in (None, part):
+                figures.add(series(killed, kills, plan_of, chance, undone))
     sys.stdout.write(json.dumps(figures.to_dict(), indent=2) + "\n")
     return bool(figures.faults)
 

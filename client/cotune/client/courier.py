@@ -18,7 +18,7 @@ LedgerReader = Callable[[LedgerRequest], bytes]
 
 
 def client_app(answer: Answerer, read_ledger: LedgerReader) -> ClientApp:
-    """A ClientApp that hands every plan to `answer`, which must not raise, and carries its answer back.
+    """A ClientApp that hands every plan to `answer` and carries its answer back; raising means that there is none.
 
     A request for the site's ledger goes to `read_ledger`.
     """

@@ -17,7 +17,6 @@ from typing import IO, Any
 
 import numpy as np
 
-from cotune.server.fleet import CRASHED
 from cotune.shared.codec import Payload
 from cotune.shared.plan import RoundPlan
 from cotune.shared.update import AdapterUpdate, Answer, SiteFailure, UpdateHeader
@@ -30,17 +29,21 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
 
     def answer(self, plan: RoundPlan, adapter: Payload) -> Answer:
-        """What `scenario.answer_plan` says in the child; a failure with code E-SITE-CRASH if the child dies."""
+        """What `scenario.answer_plan` says in the child.
+
+        Raises:
+            ChildProcessError: The child died over it. Flower tells the coordinator that there is no answer: a site
+                that said so itself would not be asked again, as any site could.
+        """
         process = self._running()
         assert process.stdin is not None and process.stdout is not None  # noqa: S101 - made with pipes
         try:
             _send(process.stdin, plan.model_dump(mode="json", by_alias=True), adapter)
             header, payload = _receive(process.stdout)
         except (OSError, EOFError, ValueError):
-            code = process.wait()
+            process.communicate()
             self._process = None
-            message = f"the process that trained it died ({code})"
-            return SiteFailure(site=plan.site, code=CRASHED, message=message)
+            raise ChildProcessError(f"the process that trained it died ({process.returncode})") from None
         if "failure" in header:
             return SiteFailure.model_validate(header["failure"])
         return AdapterUpdate(UpdateHeader.model_validate(header["update"]), payload)
