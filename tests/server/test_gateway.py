@@ -160,6 +160,13 @@ def test_a_body_over_the_cap_is_413_and_is_not_kept(gate: Door, declared: str) -
     assert gate.memory() - before < 20_000_000
 
 
+@pytest.mark.parametrize("more", [(), ("Expect: 100-continue",)])
+def test_a_body_that_says_itself_that_it_is_too_large_is_refused_unread(gate: Door, more: tuple[str, ...]) -> None:
+    with gate.connect() as link:
+        link.sendall(request("POST /v1/fleet/push-object HTTP/1.1", "Content-Length: 3221225472", *more))
+        assert link.recv(1000).startswith(b"HTTP/1.1 413 ")
+
+
 def test_a_body_just_within_the_cap_passes_and_one_byte_more_does_not(gate: Door) -> None:
     assert gate.ask("POST", "/v1/fleet/push-object", bytes(gate.gate.max_body)) == (
         200,

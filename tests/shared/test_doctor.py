@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from tests.server.doors import Tls, door, free_port, make_tls, running, superlink
+from tests.server.doors import Tls, door, free_port, make_tls, nginx_program, running, superlink
 
 from cotune.server.fedhome import FedHome, FedSettings
 from cotune.server.inspection import SECRETS, inspect
@@ -292,12 +292,18 @@ def test_a_superlink_that_reports_home_is_found(
     assert "E-TELEMETRY" in of_process(looked, process.pid)
 
 
+WITHOUT_NGINX = pytest.mark.skipif(nginx_program() is None, reason="nginx is not installed (Debian: nginx-light)")
+
+
 @pytest.mark.slow
-def test_a_superlink_behind_the_gateway_has_no_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("kind", ["embedded", pytest.param("nginx", marks=WITHOUT_NGINX)])
+def test_a_superlink_behind_the_gateway_has_no_fault(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tls, port = make_tls(tmp_path / "tls", days=90), free_port()
     with (
         running(superlink(port, tls, tmp_path), port, tmp_path / "log", FLWR_HOME=str(tmp_path)) as process,
-        door("embedded", port, tls, tmp_path / "door") as gate,
+        door(kind, port, tls, tmp_path / "door") as gate,
     ):
         assert look_at(f"127.0.0.1:{gate.port}", tls.ca.read_text()) == []
         published = set(codes(look_at(f"127.0.0.1:{port}", tls.ca.read_text())))
