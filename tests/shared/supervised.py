@@ -4,6 +4,7 @@ The first daemonises a grandchild, says it is ready by a file, and stops being r
 """
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -29,6 +30,8 @@ if len(sys.argv) > 2:
 
 
 def fail() -> None:
+    if (home / "wants help").exists() and not (home / "ticked").exists():
+        subprocess.Popen(["sleep", "6666"], env={**os.environ, "OF_TEST": str(home)})
     (home / "ticked").touch()
     raise ValueError("never to be shown")
 

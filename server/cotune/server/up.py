@@ -46,7 +46,7 @@ def keep_up(home: FedHome, say: Callable[[str], None]) -> None:
             require_free("gateway.bind", home.settings.gateway.bind)
         home.renew_certificate()
     environment = home.flwr_environment()
-    supervise(children(home, environment), home.path, on_tick=_Duties(home, Control(environment), say).due, say=say)
+    supervise(children(home, environment), home.path, on_tick=Duties(home, Control(environment), say).due, say=say)
 
 
 def children(home: FedHome, environment: Mapping[str, str]) -> list[Child]:
@@ -106,7 +106,7 @@ def _answer(home: FedHome, address: str) -> int | None:
 
 
 @dataclass
-class _Duties:
+class Duties:
     """What is done beside the children. A duty that fails is due again in its time, and keeps none of the others."""
 
     home: FedHome
@@ -117,7 +117,7 @@ class _Duties:
     def due(self) -> None:
         """Do what is due."""
         duties: tuple[tuple[float, Callable[[], None]], ...] = (
-            (3600.0, self._renew),
+            (3600.0, self.renew),
             (30.0, lambda: withdraw(self.home, self.control)),
             (1.0, lambda: resubmit_due(self.home, self.control)),
         )
@@ -127,7 +127,7 @@ class _Duties:
                 self.next[str(number)] = now + every_s
                 duty()
 
-    def _renew(self) -> None:
+    def renew(self) -> None:
         """Issue a certificate while there is time, and have it shown: who shows one reads it when it starts."""
         if self.home.renew_certificate():
             self.say("a new server certificate was issued; who shows it starts again")

@@ -77,21 +77,25 @@ def end(process: subprocess.Popen[bytes], grace_s: float) -> None:
         process.wait()
 
 
-def end_strays(tethers: frozenset[int]) -> None:
-    """End what a killed tether left to us. What `on_tick` starts shares our session and is none of it."""
-    own = os.getsid(0)
-    while family := [member for child in _strays(own, tethers) for member in (child, *_below(child))]:
+def end_strays(tethers: frozenset[int], *, and_helpers: bool = False) -> None:
+    """End what a killed tether left to us.
+
+    Args:
+        tethers: Processes of ours that stay.
+        and_helpers: Also what this process started itself, which shares its session.
+    """
+    while family := [member for child in _strays(tethers, and_helpers) for member in (child, *_below(child))]:
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
         psutil.wait_procs(family, timeout=STOP_S)
 
 
-def _strays(own_session: int, tethers: frozenset[int]) -> list[psutil.Process]:
+def _strays(tethers: frozenset[int], and_helpers: bool) -> list[psutil.Process]:
     found: list[psutil.Process] = []
     for child in psutil.Process().children():
         with contextlib.suppress(ProcessLookupError):
-            if child.pid not in tethers and os.getsid(child.pid) != own_session:
+            if child.pid not in tethers and (and_helpers or os.getsid(child.pid) != os.getsid(0)):
                 found.append(child)
     return found
 

@@ -69,8 +69,8 @@ def supervise(
     Args:
         children: In the order in which they are started; they are ended in the opposite one.
         home: Whose they are; only one supervisor may have it.
-        on_tick: Done once a second, beside the children; it leaves no process behind. An error in it is said and
-            ends nothing.
+        on_tick: Done once a second, beside the children. An error in it is said and ends nothing; what it started is
+            ended with the children.
         say: Gets a line for each change.
 
     Edge cases: when this process is killed, so are all children and all they ever started, by their tethers; when
@@ -154,7 +154,7 @@ class _Supervisor:
                 end(kept.process, STOP_S)
             kept.process = None
             kept.state, kept.since = "stopped", _now()
-        end_strays(frozenset())
+        end_strays(frozenset(), and_helpers=True)
         self.note()
         self.tell("stopped")
 
