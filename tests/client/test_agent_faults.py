@@ -112,10 +112,9 @@ def test_a_full_disk_refuses_the_round_before_it_is_trained(
     try:
         update_of(site.ask(site.plan(1)))
         filler = disk / "filler"
-        with filler.open("wb", buffering=0) as file:
-            with pytest.raises(OSError, match="No space"):
-                while True:
-                    file.write(b"x" * 4096)
+        with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+            while True:
+                file.write(b"x" * 4096)
         steps: list[int] = []
         said = site.link().train(site.plan(2), site.adapter, steps.append)
         assert isinstance(said, SiteFailure)

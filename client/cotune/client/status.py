@@ -15,7 +15,7 @@ from cotune.client.budget import account
 from cotune.client.courier_folder import SOCKET, CourierFolder, courier_folder
 from cotune.client.home import SiteHome
 from cotune.client.joining import joined
-from cotune.client.preflight import ANSWER_S, Check, fault, reach
+from cotune.client.preflight import Check, fault, reach
 from cotune.shared.errors import CotuneError, JobError
 from cotune.shared.plan import cotune_version
 from cotune.shared.supervision import running
@@ -23,6 +23,7 @@ from cotune.shared.supervision import running
 LEAST_DISK, LITTLE_DISK = 100 * 2**20, 2 * 2**30
 SHOWN = ("cotune", "flwr", "torch", "transformers", "grpcio")
 UP = "cotune site up"
+DRIVER_S = 10.0
 
 
 def checks(path: Path) -> Iterator[Check]:
@@ -119,7 +120,7 @@ def _device_here() -> Check:
     """What the driver says: the agent, when it runs, says what the model library sees."""
     command = ["nvidia-smi", "--query-gpu=name,memory.free,memory.total", "--format=csv,noheader"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=True).stdout.split("\n")
+        found = subprocess.run(command, capture_output=True, text=True, timeout=DRIVER_S, check=True).stdout.split("\n")
     except (OSError, subprocess.SubprocessError):
         return Check("device", "ok", "no NVIDIA GPU: a model would train on the CPU")
     return Check("device", "ok", "; ".join(line for line in found if line))
@@ -147,5 +148,9 @@ def _courier(folder: Path) -> Iterator[Check]:
         state, since, message = said["state"], said["since"], said.get("message")
     except (OSError, ValueError, KeyError, TypeError):
         return
-    verdict = "ok" if state == "online" else "note"
-    yield Check(folder.name, verdict, f"courier {state} since {since}{f': {message}' if message else ''}")
+    runs = CourierFolder(folder).is_held
+    verdict, where = (
+        ("ok" if runs and state == "online" else "note"),
+        "courier" if runs else "no courier runs; the last was",
+    )
+    yield Check(folder.name, verdict, f"{where} {state} since {since}{f': {message}' if message else ''}")
