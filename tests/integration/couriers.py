@@ -6,15 +6,17 @@ import contextlib
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 from flwr.app import Message, RecordDict
 from flwr.common.serde import run_from_proto
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, SendTaskHeartbeatRequest
@@ -178,7 +180,9 @@ class Courier:
         def so() -> bool:
             assert self.process and self.process.poll() is None, self.log.read_text()
             said = self.state()
-            return said.get("state") == state and (code is None or said.get("code") == code)
+            return (said.get("pid"), said.get("state")) == (self.process.pid, state) and (
+                code is None or said.get("code") == code
+            )
 
         until(so, patience_s)
 
@@ -192,6 +196,59 @@ def running(courier: Courier) -> Generator[Courier]:
     finally:
         if courier.process and courier.process.poll() is None:
             courier.end(signal.SIGKILL)
+
+
+class Proxy:
+    """What stands between a courier and the SuperLink, speaks both sides' TLS, sees all bytes, and fails when told.
+
+    Attributes:
+        seen: Every byte the courier sent as the body of a request.
+        failing: Ends of paths that are answered with 500.
+    """
+
+    def __init__(self, home: FedHome) -> None:
+        self.seen, self.failing = bytearray(), set[str]()
+        trusting = ssl.create_default_context(cafile=str(home.tls / "ca.crt"))
+        upstream = httpx.Client(base_url=f"https://{home.superlink_address}", verify=trusting, timeout=60)
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                proxy.seen += body
+                if any(self.path.endswith(end) for end in proxy.failing):
+                    self._say(500, b"")
+                    return
+                wanted = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection")}
+                try:
+                    answer = upstream.post(self.path, content=body, headers=wanted)
+                    self._say(answer.status_code, answer.content, answer.headers.get("content-type", ""))
+                except httpx.HTTPError:
+                    self._say(503, b"")
+
+            def _say(self, status: int, content: bytes, kind: str = "text/plain") -> None:
+                self.send_response(status)
+                self.send_header("content-type", kind)
+                self.send_header("content-length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the library calls it so
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        shown = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        shown.load_cert_chain(home.tls / "server.crt", home.tls / "server.key")
+        self.server.socket = shown.wrap_socket(self.server.socket, server_side=True)
+        self.address = f"localhost:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        """Go away."""
+        self.server.shutdown()
+        self.server.server_close()
 
 
 @dataclass(frozen=True)
@@ -223,12 +280,7 @@ def join_site(site: RealSite, home: FedHome, control: Control, **settings: float
     invite = approve(home, write_request(opened), 7, control)
     join(opened, invite)
     folder = CourierFolder(courier_folder(site.home) / home.name)
-    quick = folder.settings.model_copy(update={"poll_s": 0.2, "heartbeat_s": 10.0, **settings})
+    quick = folder.settings.model_copy(update={"poll_s": 0.2, "heartbeat_s": 15.0, **settings})
     folder.write(type(quick).model_validate(quick.model_dump()), invite.ca)
     node_id = next(iter(control.nodes()))
     return JoinedSite(replace(site, socket=folder.socket), home, node_id, folder.path)
-
-
-def seconds(began: float) -> float:
-    """Since then."""
-    return time.monotonic() - began

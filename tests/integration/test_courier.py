@@ -15,8 +15,18 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from tests.client.agent_nursery import CANARY
-from tests.client.agents import Nursery, RealSite, until
-from tests.integration.couriers import Courier, Desk, JoinedSite, SuperLink, join_site, make_fed, running, superlink
+from tests.client.agents import PATIENCE_S, Nursery, RealSite, until
+from tests.integration.couriers import (
+    Courier,
+    Desk,
+    JoinedSite,
+    Proxy,
+    SuperLink,
+    join_site,
+    make_fed,
+    running,
+    superlink,
+)
 
 from cotune.shared.bundle import bundle_sha256
 from cotune.shared.files import write_atomic
@@ -50,11 +60,11 @@ class World:
         self.rounds += 1
         return self.rounds, self.desk.ask(self.site.node_id, "train", self.site.records(self.rounds))
 
-    def answer(self, message: str, patience_s: float = 120.0) -> Answer:
+    def answer(self, message: str, patience_s: float = PATIENCE_S) -> Answer:
         """The answer to a plan."""
         return answer_from_records(self.desk.answer(message, patience_s).content, self.site.site.plan().site)
 
-    def update(self, number: int, message: str, patience_s: float = 120.0) -> AdapterUpdate:
+    def update(self, number: int, message: str, patience_s: float = PATIENCE_S) -> AdapterUpdate:
         """The answer, which is to be that round's update, charged once."""
         update = self.answer(message, patience_s)
         assert isinstance(update, AdapterUpdate), update
@@ -133,8 +143,8 @@ def test_a_courier_without_its_notes_waits_for_the_lease_of_the_dead_one(world: 
     courier.end(signal.SIGKILL)
     (courier.folder / "courier.json").unlink()
     courier.start()
-    courier.await_state("refused", "E-NODE-REFUSED")
     courier.await_state("online")
+    assert "refused E-NODE-REFUSED" in courier.log.read_text()
     world.update(*world.ask())
 
 
@@ -157,23 +167,62 @@ def test_a_superlink_that_was_dead_for_ten_seconds_gets_the_answer(world: World)
 
 
 def test_a_second_courier_of_the_folder_is_refused(world: World, courier: Courier) -> None:
-    second = Courier(courier.folder, world.folder / "second.log")
-    assert second.start().wait(60) == 6
-    assert "E-COURIER-RUNNING" in second.log.read_text()
+    with running(Courier(courier.folder, world.folder / "second.log")) as second:
+        assert second.process is not None
+        assert second.process.wait(PATIENCE_S) == 6
+        assert "E-COURIER-RUNNING" in second.log.read_text()
     world.update(*world.ask())
 
 
-def test_what_an_agent_s_defect_says_of_a_record_reaches_nobody(world: World, courier: Courier) -> None:
-    for fault in ("records", "train"):
-        world.agent.arm(fault)
-        _, message = world.ask()
-        failure = world.failure(message)
-        assert (failure.code, failure.message) == ("E-INTERNAL", "Unforeseen")
-    world.agent.arm("none")
-    kept = [path for path in (world.link.home.path, courier.folder.parent) for path in path.rglob("*")]
-    seen = [*kept, courier.log, world.agent.log]
-    assert any(b"Unforeseen" in path.read_bytes() for path in seen if path.is_file()), "there was something to find"
-    assert not [path for path in seen if path.is_file() and CANARY.encode() in path.read_bytes()]
+@pytest.fixture
+def proxy(world: World) -> Iterator[Proxy]:
+    """A proxy on the way of the site's courier."""
+    toml = world.site.folder / "courier.toml"
+    before, made = toml.read_text(), Proxy(world.link.home)
+    toml.write_text(before.replace(world.link.home.settings.federation.address, made.address))
+    yield made
+    made.close()
+    toml.write_text(before)
+
+
+def test_what_an_agent_s_defect_says_of_a_record_is_in_no_byte_that_leaves(
+    world: World, proxy: Proxy, request: pytest.FixtureRequest
+) -> None:
+    with running(world.site.courier(request.node.name)) as courier:
+        for fault in ("records", "train"):
+            world.agent.arm(fault)
+            _, message = world.ask()
+            failure = world.failure(message)
+            assert (failure.code, failure.message) == ("E-INTERNAL", "Unforeseen")
+        world.agent.arm("none")
+        assert b"Unforeseen" in proxy.seen, "there was something to find"
+        assert CANARY.encode() not in proxy.seen
+        kept = [path for path in courier.folder.parent.rglob("*") if path.is_file()]
+        assert not [path for path in (*kept, courier.log, world.agent.log) if CANARY.encode() in path.read_bytes()]
+
+
+def test_heartbeats_that_fail_leave_no_courier_away_for_good(
+    world: World, proxy: Proxy, request: pytest.FixtureRequest
+) -> None:
+    with running(world.site.courier(request.node.name)) as courier:
+        courier.await_state("online")
+        proxy.failing.add("/send-node-heartbeat")
+        until(lambda: world.site.node_id not in world.desk.nodes())
+        assert courier.log.read_text().count("heartbeat failed: E-COORDINATOR-AWAY") > 1
+        proxy.failing.clear()
+        until(lambda: world.site.node_id in world.desk.nodes())
+        world.update(*world.ask())
+
+
+@pytest.mark.parametrize("call", ["/push-messages", "/push-object", "/pull-object", "/get-fab", "/pull-messages"])
+def test_a_call_that_fails_is_made_again(world: World, proxy: Proxy, request: pytest.FixtureRequest, call: str) -> None:
+    with running(world.site.courier(request.node.name.replace("/", "-"))) as courier:
+        courier.await_state("online")
+        proxy.failing.add(call)
+        number, message = world.ask()
+        courier.await_state("away", "E-COORDINATOR-AWAY")
+        proxy.failing.clear()
+        world.update(number, message)
 
 
 def changed(records: RecordDict, **header: Any) -> RecordDict:

@@ -140,6 +140,15 @@ class CourierFolder:
         finally:
             os.close(lock)
 
+    @property
+    def is_held(self) -> bool:
+        """Whether a courier is at work with it; one that cannot be looked at, being another user's, may be."""
+        try:
+            with self.alone():
+                return False
+        except (RefusedError, StorageError):
+            return True
+
     def write(self, settings: CourierSettings, ca: str) -> None:
         """Write down where a federation is and who vouches for it; intervals that were set before stay."""
         with storage_errors(self.path):

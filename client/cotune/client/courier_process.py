@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import signal
 import sys
 import threading
@@ -169,6 +170,7 @@ class Courier:
     def _enter(self) -> None:
         """Become the node: at once by its known number, or as soon as the place of one that died is free."""
         self._link.node_id = self._known_node()
+        self._note("connecting")
         began, wait_s = time.monotonic(), FIRST_WAIT_S
         while True:
             try:
@@ -221,6 +223,7 @@ class Courier:
             where = {
                 "state": state,
                 "since": datetime.now(UTC).isoformat(timespec="seconds"),
+                "pid": os.getpid(),
                 "node_id": self._link.node_id,
                 "code": error.code if error else None,
                 "message": error.message if error else None,
