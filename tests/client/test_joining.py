@@ -283,6 +283,16 @@ def test_the_command_request_writes_it_again(told: Told, home: SiteHome) -> None
     assert read_request(home.path / "request.json").site == "st-mary"
 
 
+def test_a_new_node_key_replaces_the_old_one_which_is_put_aside(told: Told, home: SiteHome) -> None:
+    before, key = read_request(home.path / "request.json"), courier_folder(home.path) / "node.key"
+    content = key.read_bytes()
+    assert told("request", "--new-node-key")[0] == 0
+    after = read_request(home.path / "request.json")
+    assert after.node_key != before.node_key
+    assert after.public_key == before.public_key
+    assert (key.with_name("node.key.old").read_bytes(), key.stat().st_mode & 0o777) == (content, 0o600)
+
+
 def test_a_damaged_coordinator_s_file_is_told_by_name(home: SiteHome) -> None:
     join(home, invite_for(home))
     (home.path / "coordinators" / "north.json").write_text("{}")

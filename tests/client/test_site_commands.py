@@ -14,6 +14,7 @@ from cotune.client.guard import Guard
 from cotune.client.home import SiteHome
 from cotune.client.policy import policy_text
 from cotune.shared.cli import run
+from cotune.shared.invitation import read_request
 from cotune.shared.jobfile import dump_toml
 from cotune.shared.privacy.accounting import epsilon
 from cotune.shared.privacy.event import DpSgdEvent
@@ -77,6 +78,23 @@ def test_init_as_json_is_one_envelope(told: Told, notes: Path, tmp_path: Path) -
     data = data_of(told(*init(notes), "--json")[1])
     assert (data["site"], data["simulated"], data["home"]) == ("st-mary", False, str(tmp_path / "home"))
     assert [finding["code"] for finding in data["findings"]] == ["I-UNIT"]
+
+
+def test_a_simulated_site_lets_seeded_noise_in_and_says_what_it_is(told: Told, notes: Path, tmp_path: Path) -> None:
+    code, out, err = told(*init(notes), "--simulated")
+    assert (code, err) == (0, "")
+    assert out.startswith("st-mary  SIMULATED: not for real records")
+    home = SiteHome.open(tmp_path / "home")
+    assert home.is_simulated
+    assert home.ledger.entries[0].fields["simulated"] is True
+    for command in (["budget"], ["policy"], ["log"], ["jobs"], ["request"]):
+        assert "SIMULATED" in told(*command)[1]
+
+
+def test_init_writes_the_request_for_a_coordinator(told: Told, notes: Path, tmp_path: Path) -> None:
+    out = told(*init(notes))[1]
+    assert f"send {tmp_path / 'home' / 'request.json'} to a coordinator" in out
+    assert read_request(tmp_path / "home" / "request.json").site == "st-mary"
 
 
 def test_init_never_overwrites_a_home(told: Told, notes: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from cotune.shared.sections import Section, SiteName
 
 SOCKET = "agent.sock"
 NODE_KEY = "node.key"
-RESTORE_KEY = "restore node.key from a backup, or remove it and run: cotune site request"
+RESTORE_KEY = "restore node.key from a backup, or make a new one: cotune site request --new-node-key"
 
 
 class CourierSettings(Section):
@@ -176,6 +176,16 @@ def furnish_courier(folder: Path) -> str:
     public = load_node_key(folder).public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
     write_atomic(folder / "node.pub", f"{public}\n".encode())
     return public
+
+
+def retire_node_key(folder: Path) -> None:
+    """Put a node key aside, so that a new one is made: a coordinator lets each key in once.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    with storage_errors(folder), contextlib.suppress(FileNotFoundError):
+        (folder / NODE_KEY).replace(folder / f"{NODE_KEY}.old")
 
 
 def load_node_key(folder: Path) -> ec.EllipticCurvePrivateKey:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cotune.client.courier_folder import courier_folder
+from cotune.client.courier_folder import courier_folder, retire_node_key
 from cotune.client.joining import join, joined, leave, write_request
 from cotune.client.site_options import AsJson, HomeOption, open_home
 from cotune.client.site_views import request_view, view_of, view_text
@@ -17,9 +17,17 @@ from cotune.shared.invitation import read_invite
 from cotune.shared.signing import key_fingerprint
 
 
-def request(home: HomeOption = None, as_json: AsJson = False) -> None:
+def request(
+    new_node_key: Annotated[
+        bool, typer.Option("--new-node-key", help="After a coordinator revoked this site, or the courier was stolen.")
+    ] = False,
+    home: HomeOption = None,
+    as_json: AsJson = False,
+) -> None:
     """Write request.json again, which a coordinator approves; a node key that is gone is made anew."""
     opened = open_home(home)
+    if new_node_key:
+        retire_node_key(courier_folder(opened.path))
     data, text = request_view(opened, write_request(opened))
     show(data, as_json=as_json, text=text)
 
