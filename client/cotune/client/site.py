@@ -97,11 +97,15 @@ class Site:
         self.guard.reserve(plan, dataset, mechanism.event(job.train.local_steps))
         start = self._start(plan, arrays, trainer.layout)
         torch.set_num_threads(job.simulation.threads if job.simulation.threads != "auto" else os.cpu_count() or 1)
+        features = self._features(job, trainer, data)
+        result = trainer.train_round(start, data, features, mechanism, self._stream(plan), progress)
+        return self._release(plan, start, result, trainer.layout)
+
+    def _features(self, job: Job, trainer: Trainer, data: SiteExamples) -> Features:
         features = Features(trainer.network, data.examples, self.work)
         if _draws_nearly_all(job):
             features.fill()
-        result = trainer.train_round(start, data, features, mechanism, self._stream(plan), progress)
-        return self._release(plan, start, result, trainer.layout)
+        return features
 
     def _sent(self, plan: RoundPlan, payload: Payload, trainer: Trainer) -> dict[str, Vector]:
         """The global adapter that came with a plan, which is the one the plan is about."""

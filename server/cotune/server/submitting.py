@@ -56,12 +56,17 @@ def prepare_deployed(
     job, inputs = _without_paths(_settled(job, base))
     plan = make_plan(job, base)
     run = create_run(out, job, path.read_bytes())
-    run.inputs.mkdir()
-    for sha256, file in inputs.items():
-        write_atomic(run.input(sha256), file.read_bytes())
+    _keep(inputs, run)
     write_json(run.path / "plan.json", plan.to_dict())
     run.set_engine("deployed")  # last: from here on it may be given to Flower
     return run
+
+
+def _keep(inputs: Mapping[str, Path], run: RunFolder) -> None:
+    """Copy public rows into the run folder, each file named by its hash."""
+    run.inputs.mkdir()
+    for sha256, file in inputs.items():
+        write_atomic(run.input(sha256), file.read_bytes())
 
 
 def _require_consent(job: Job, i_know: bool) -> None:
