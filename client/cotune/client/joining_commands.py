@@ -60,7 +60,7 @@ def join_federation(
         "ca_sha256": coordinator.ca_sha256,
         "courier": str(courier_folder(opened.path) / coordinator.name),
     }
-    compare = "" if fingerprint else "  (compare it with what the coordinator says: cotune fed sites)"
+    compare = "" if fingerprint else "  (compare it with what the coordinator reads from `cotune fed sites`)"
     lines = [
         view_text(opened),
         f"joined {coordinator.name} at {coordinator.address}",

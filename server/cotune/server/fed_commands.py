@@ -128,13 +128,12 @@ def sites(home: HomeOption = None, as_json: AsJson = False) -> None:
     known = enrolled(opened.path)
     nodes, why = _nodes(opened) if known else ({}, None)
     rows = [_row(site, nodes, why) for site in known.values()]
+    about = _described(opened)
+    head = f"{opened.name} at {about['address']}, coordinator's key {about['key']}"
     lines = [f"{row['site']:<24} {row['state']:<9} {row['courier']:<11} {row['key']}" for row in rows]
-    text = "\n".join(lines) if lines else "no site was let in yet: cotune fed approve request.json"
-    show(
-        {"federation": opened.name, "sites": rows, "fault": why},
-        as_json=as_json,
-        text=f"{text}\n{why}" if why else text,
-    )
+    lines = lines or ["no site was let in yet: cotune fed approve request.json"]
+    text = "\n".join([head, *lines, *([why] if why else [])])
+    show({**about, "sites": rows, "fault": why}, as_json=as_json, text=text)
 
 
 @fed.command()
