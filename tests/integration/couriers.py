@@ -269,6 +269,18 @@ class JoinedSite:
         """The same with the adapter, as it travels."""
         return plan_to_records(self.plan(number, **changes), adapter_to_record(self.site.adapter))
 
+    @contextlib.contextmanager
+    def told(self, **settings: str) -> Generator[None]:
+        """Its courier.toml with other settings, for a while."""
+        toml = self.folder / "courier.toml"
+        before = toml.read_text()
+        kept = [line for line in before.splitlines() if line.partition(" =")[0] not in settings]
+        toml.write_text("\n".join([*kept, *(f"{name} = {value}" for name, value in settings.items()), ""]))
+        try:
+            yield
+        finally:
+            toml.write_text(before)
+
     def courier(self, name: str) -> Courier:
         """Its courier."""
         return Courier(self.folder, self.folder.parent.parent / f"{name}.log")
@@ -280,7 +292,7 @@ def join_site(site: RealSite, home: FedHome, control: Control, **settings: float
     invite = approve(home, write_request(opened), 7, control)
     join(opened, invite)
     folder = CourierFolder(courier_folder(site.home) / home.name)
-    quick = folder.settings.model_copy(update={"poll_s": 0.2, "heartbeat_s": 15.0, **settings})
+    quick = folder.settings.model_copy(update={"poll_s": 0.2, "heartbeat_s": 60.0, **settings})
     folder.write(type(quick).model_validate(quick.model_dump()), invite.ca)
     node_id = next(iter(control.nodes()))
     return JoinedSite(replace(site, socket=folder.socket), home, node_id, folder.path)

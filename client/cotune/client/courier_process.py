@@ -113,7 +113,10 @@ class Courier:
             self._say("answer sent")
             return True
         self._mailbox.take_in(incoming.raw)
-        self._mailbox.put_out(self._link.packed(self._answer(incoming), incoming))
+        answer = self._answer(incoming)
+        if incoming.is_expired:
+            raise RunOver
+        self._mailbox.put_out(self._link.packed(answer, incoming))
         return True
 
     def _forget(self) -> None:
