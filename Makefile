@@ -40,8 +40,8 @@ demo-full: setup ## The demo, and the baselines it is compared with.
 test: setup ## The default tests: no network, no GPU, no Flower process.
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-test-slow: setup ## The slow tests: real packages, Flower's engine.
-	$(BIN)/python -m pytest -m slow $(ARGS)
+test-slow: setup ## The slow tests: real packages, Flower, deployed federations, kills.
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(ARGS)
 
 check: setup ## The gate: format, lint, types, default tests.
 	scripts/check $(ARGS)
