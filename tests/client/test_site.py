@@ -295,3 +295,15 @@ def test_noised_metrics_and_the_moving_norm_leave_only_when_asked_for(make_job: 
     assert header.train_loss is not None
     assert header.clipping_norm not in (None, asked.privacy.clipping_norm)
     assert header.event == plain.event
+
+
+@pytest.mark.parametrize("batch", [1, 21])
+def test_what_lower_layers_make_of_records_is_kept_for_all_of_them_if_the_run_will_draw_nearly_all(
+    make_job: Any, tmp_path: Path, batch: int
+) -> None:
+    job = make_job(train={"batch_size": batch, "local_steps": 1}, privacy={"level": "none"})
+    site = site_of(job)
+    examples = Records().load(job, site.name, site.guard.home.policy.dataset[0]).examples
+    train(job, work=tmp_path / "work")
+    kept, every = len(list((tmp_path / "work").iterdir())), len({example.ids for example in examples})
+    assert kept == every if batch == 21 else kept < every
