@@ -43,7 +43,7 @@ from studies import TASKS, write_study
 
 TASK = "llm"
 DATASET = "rows"
-LOOK_S, START_S, RUN_S = 0.2, 300.0, 3600.0
+LOOK_S, START_S, RUN_S = 0.2, 600.0, 3600.0
 BAR = 3.0
 
 
@@ -138,7 +138,7 @@ def run_cotune(job: Job, coordinator: Party, rounds: int, folder: Path) -> dict[
         up = time.time()
         run = RunFolder(coordinator.home / "runs" / coordinator.tell("submit", str(deployed))["run_id"])
         for name in sites:
-            _approve(Party(folder / name, "COTUNE_SITE"))
+            _approve(Party(folder / name, "COTUNE_SITE"), run)
         _await(lambda: run.state()["status"] in OVER, RUN_S, "the run did not end")
         if run.state()["status"] != "succeeded":
             raise SystemExit(f"the run ended: {run.state()}")
@@ -172,7 +172,7 @@ def write_deployed(job: Job, folder: Path) -> tuple[Path, dict[str, Path]]:
 def join(coordinator: Party, home: Path, rows: Path, model_sha256: str) -> Party:
     """A site that has joined, and allows the base model."""
     site = Party(home, "COTUNE_SITE")
-    budget = ["--epsilon-total", "20", "--epsilon-per-run", "10", "--delta-total", "1e-2"]
+    budget = ["--epsilon-total", "20", "--epsilon-per-run", "10", "--delta-total", "2e-2"]
     site.tell("site", "init", "--name", home.name, "--dataset", DATASET, "--data", str(rows), *budget)
     policy = home / "policy.toml"
     policy.write_text(policy.read_text().replace("models = []", f'models = ["sha256:{model_sha256}"]'))
@@ -193,11 +193,11 @@ def online(coordinator: Party) -> set[str]:
     return {site["site"] for site in coordinator.tell("fed", "sites")["sites"] if site["courier"] == "online"}
 
 
-def _approve(site: Party) -> None:
+def _approve(site: Party, run: RunFolder) -> None:
     def waiting() -> list[dict[str, Any]]:
         return [job for job in site.tell("site", "jobs")["jobs"] if job["state"] == "waiting"]
 
-    _await(waiting, START_S, f"no job came to {site.home.name}")
+    _await(lambda: waiting() or run.state()["status"] in OVER, START_S, f"no job came to {site.home.name}")
     for job in waiting():
         site.tell("site", "approve", job["job_sha256"][:12])
 

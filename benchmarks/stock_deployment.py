@@ -22,7 +22,7 @@ from cotune.shared.job import Job
 from studies import PLAIN, plain_settings
 
 CONNECTION = "plain"
-POLL_S, ASK_S, START_S, STOP_S = 0.2, 20.0, 180.0, 20.0
+POLL_S, ASK_S, START_S, STOP_S = 0.2, 20.0, 600.0, 20.0
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
