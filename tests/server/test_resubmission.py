@@ -77,7 +77,7 @@ class Dying:
         return f"flower-{self.times}"
 
     def stop(self, run_id: str) -> None:
-        assert run_id == f"flower-{self.times}"
+        assert run_id == f"flower-{self.times - 1}", "the one before"
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tests.server.answers import head_of
 
+from cotune.server.trust import Trust
 from cotune.server.witness import Witness
 from cotune.shared.chain import SignedHead
 from cotune.shared.errors import StorageError
@@ -102,3 +103,15 @@ def test_heads_that_cannot_be_read_are_an_error_not_a_fresh_start(tmp_path: Path
     (tmp_path / "heads.json").write_text("{")
     with pytest.raises(StorageError, match=r"heads\.json"):
         Witness(tmp_path / "heads.json")
+
+
+def test_an_enrolled_site_signs_with_the_key_it_is_enrolled_with_from_its_first_head_on(
+    tmp_path: Path, sign_head: Sign
+) -> None:
+    known = {"site-1": sign_head("site-1", 1).public_key, "site-2": sign_head("site-2", 1).public_key}
+    witness = Witness(tmp_path / "heads.json", Trust("signature", lambda site: known.get(site, "")))
+    assert keep(witness, header(sign_head("site-1", 4))) is None
+    said = "its ledger head is not signed by the key it is enrolled with"
+    assert keep(witness, header(head_of("site-2", 1), "site-2")) == said
+    assert keep(witness, header(sign_head("site-3", 1), "site-3")) == said, "it is not enrolled at all"
+    assert [head.site for head in witness.heads_for("site-1", SITES)] == ["site-1"]

@@ -105,9 +105,6 @@ def _look_after(run: RunFolder, superlink: SuperLink) -> None:
 
 
 def _give(run: RunFolder, last: Submission, superlink: SuperLink) -> None:
-    if last.flower_run:
-        with contextlib.suppress(CotuneError):  # it is mostly over already
-            superlink.stop(last.flower_run)
     refused = replace(last, flower_run=None, at=time.time(), barren=max(1, last.barren - 1))
     _write(run, refused)  # a SuperLink that takes nothing is no fault of the run: that does not count
     with tempfile.TemporaryDirectory(prefix="cotune-bundle-") as folder:
@@ -115,6 +112,9 @@ def _give(run: RunFolder, last: Submission, superlink: SuperLink) -> None:
         flower_run = superlink.run(Path(folder) / "cotune", {"run-dir": str(run.path)})
     _write(run, replace(last, flower_run=flower_run, at=time.time()))
     run.emit("submission", f"given to Flower as run {flower_run}", round=last.round, time=last.barren)
+    if last.flower_run:
+        with contextlib.suppress(CotuneError):  # it is mostly over already; if not, its process finds it held
+            superlink.stop(last.flower_run)
 
 
 def _end(run: RunFolder, last: Submission, superlink: SuperLink) -> None:
