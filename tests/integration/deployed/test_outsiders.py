@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason
 def test_a_site_joins_in_four_commands_and_takes_part_in_minutes(story: Story, capsys: Any) -> None:
     made, began = story.made, time.monotonic()
     site = made.join("site-4", write_records(story.folder / "records", "site-4"), **{
-        "epsilon-total": "12", "epsilon-per-run": "12",
+        "epsilon-total": "1.2", "epsilon-per-run": "1.2",
     })  # fmt: skip
     made.up(speed_up(site))
     run = made.submit(story.alone("alone"))
