@@ -61,15 +61,16 @@ class Courier:
             ConnectionFailed: E-NODE-REFUSED, E-TLS or E-CLOCK: the coordinator did not let it in, or is another,
                 for longer than a dead courier's place is kept.
         """
-        self._enter()
         heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        heart.start()
         try:
+            self._enter()
+            heart.start()
             for wait_s in self._waits():
                 self._stop.wait(wait_s)
         finally:
             self._stop.set()
-            heart.join(timeout=LONGEST_WAIT_S)  # a late heartbeat would bring the node back
+            if heart.ident:
+                heart.join(timeout=LONGEST_WAIT_S)  # a late heartbeat would bring the node back
             with contextlib.suppress(ConnectionFailed, RunOver):
                 self._link.deactivate()
             self._link.close()
@@ -96,8 +97,9 @@ class Courier:
         kept = self._mailbox.incoming or self._pulled
         with _given_up():
             incoming = read_incoming(kept) if kept else None
-        incoming = incoming or self._link.pull()
-        self._note("online")
+        if incoming is None:
+            incoming = self._link.pull()
+            self._note("online")
         if incoming is None:
             return False
         self._pulled = incoming.raw
@@ -107,6 +109,7 @@ class Courier:
         if outgoing:
             with _given_up():
                 self._link.push(outgoing)
+            self._note("online")
             with contextlib.suppress(ConnectionFailed, RunOver):
                 self._link.confirm(incoming)
             self._forget()
@@ -197,6 +200,7 @@ class Courier:
             except ConnectionFailed as error:
                 if error.code != REFUSED:
                     raise
+                self._link.node_id = 0  # it is no longer ours, perhaps another's: not to be signed off
         self._link.activate()
 
     def _beat(self) -> None:
