@@ -123,3 +123,13 @@ def test_a_job_without_the_data_sets_name_is_refused(submit) -> None:
 
 def test_seeded_noise_needs_a_word(submit) -> None:
     assert submit(i_know=True, privacy={"noise": "test"}).job().privacy.noise == "test"
+
+
+def test_a_job_of_enrolled_sites_is_not_simulated(submit, tmp_path: Path) -> None:
+    from cotune.simulations.scenario import prepare_run
+
+    run = submit()
+    with pytest.raises(JobError) as caught:
+        prepare_run(str(run.path / "resolved.toml"), (), tmp_path / "simulated", print)
+    assert caught.value.code == "E-SITES-AWAY"
+    assert "cotune submit" in str(caught.value.hint)

@@ -183,6 +183,10 @@ def test_a_job_is_its_own_json_again() -> None:
         {"privacy": {"clipping_norm": -1.0}},
         {"privacy": {"noise": "none"}},
         {"privacy": {"level": "person"}},
+        {"data": {"train": None, "sites": {"a": "site:/home/a"}, "dataset": "notes"}},
+        {"data": {"train": None, "sites": {"a": "site:", "b": "/b.jsonl"}, "dataset": "notes"}},
+        {"data": {"train": None, "sites": {"a": "site:"}}},
+        {"federation": {"approval_timeout_s": 0.0}},
         {"federation": {"sites": 2, "min_sites": 3}},
         {"federation": {"selection": "fastest"}},
         {"federation": {"sites_per_round": 0}},
@@ -241,3 +245,11 @@ def test_data_paths_are_made_absolute_and_data_sets_stay_names(tmp_path: Path) -
     assert absolute("a/b.jsonl", tmp_path) == str(tmp_path / "a" / "b.jsonl")
     assert absolute("/x.jsonl", tmp_path) == "/x.jsonl"
     assert absolute("dataset:icd10/train", tmp_path) == "dataset:icd10/train"
+
+
+def test_enrolled_sites_and_files_named_by_their_content_are_no_paths(tmp_path: Path) -> None:
+    for name in ("site:", f"sha256:{'0' * 64}"):
+        assert absolute(name, tmp_path) == name
+    data = {"train": None, "sites": {"a": "site:", "b": "site:"}, "dataset": "notes"}
+    assert parse_job(merged(LEAST, {"data": data}), origin="run.toml").data.deployed
+    assert not parse_job(LEAST, origin="run.toml").data.deployed
