@@ -10,8 +10,8 @@ import pytest
 
 from cotune.shared.errors import CotuneError, JobError, RunFailed, StorageError
 from cotune.shared.files import file_sha256, write_json
-from cotune.shared.planning import resolve
 from cotune.shared.finding import find_run
+from cotune.shared.planning import resolve
 from cotune.shared.runs import METRIC_COLUMNS, RunFolder, create_run
 
 
