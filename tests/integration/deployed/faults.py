@@ -143,7 +143,7 @@ def _reserved(home: Path, run_id: str, number: int) -> bool:
 def _training(home: Path, run_id: str, number: int) -> bool:
     if not _reserved(home, run_id, number):
         return False
-    time.sleep(0.1)
+    time.sleep(0.02)
     return True
 
 
