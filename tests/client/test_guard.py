@@ -100,7 +100,10 @@ def test_in_auto_mode_a_listed_signers_job_starts_and_no_other(make_home: Any, d
         make_home(approve={"mode": "auto-within-policy"}, allow={"signers": [public_key_line(key.public_key())]})
     )
     error = desk.refused(guard.admit, desk.plan(job), MODEL)
-    assert error.message == "st-mary: rule allow.signers: the job is not signed; a listed signer's signature is needed"
+    assert (
+        error.message
+        == "st-mary: rule allow.signers: the job is not signed; the signature of a listed signer is needed"
+    )
     signature = sign(key, "cotune-job", job.sha256().encode())
     desk.take(guard, desk.plan(job, signature=signature))
     assert desk.actions(guard.home)[2:] == [

@@ -131,6 +131,7 @@ TRAINED: dict[RuleName, tuple[str, ...]] = {
     "alternating_rounds": ("lora_A", "score"),  # in a second round
     "alternating_steps": ("lora_A", "lora_B", "score"),
     "fedavg_ab": ("lora_A", "lora_B", "score"),
+    "fedsa": ("lora_A", "score"),  # before the last round
     "fed_sb": ("lora_core", "score"),
     "product_svd": ("lora_A", "lora_B", "score"),
     "fedex": ("lora_A", "lora_B", "score"),

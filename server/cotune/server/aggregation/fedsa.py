@@ -10,20 +10,20 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cotune.server.aggregation.updates import Updates, padded, weighted_mean
+from cotune.server.aggregation.heads import heads
+from cotune.server.aggregation.updates import Updates, factor_names, modules_of, padded, weighted_mean
 from cotune.shared.adapter import Vector
 from cotune.shared.aggregation import factor_of
 
 
 def fedsa(state: Mapping[str, Vector], updates: Updates) -> dict[str, Vector]:
-    """Every tensor moved by its weighted mean change; what no site returned has none.
+    """Every factor moved by its weighted mean change, and every head; what no site returned has none.
 
     In the last round B becomes the mean of the sites' Bs, which stands in for a site that has none of its own.
     """
-    return {
-        name: (state[name] + padded(weighted_mean(updates, name), state[name].shape)).astype(np.float32)
-        for name in sorted(state)
-    }
+    factors = [name for module in modules_of(state) for name in factor_names(module)]
+    moved = {name: state[name] + padded(weighted_mean(updates, name), state[name].shape) for name in factors}
+    return heads(state, updates) | {name: array.astype(np.float32) for name, array in moved.items()}
 
 
 def own_adapter(joined: Mapping[str, Vector], updates: Updates, site: str) -> dict[str, Vector]:

@@ -54,7 +54,7 @@ def verify(
     as_json: JsonFlag = False,
 ) -> None:
     """Check a run or an exported ledger without trusting its figures: hashes, signatures, epsilon from events."""
-    if Path(run).is_file():
+    if _is_file(run):
         from cotune.shared.exported import read_exported, said_of, verify_exported
 
         exported = read_exported(Path(run))
@@ -64,6 +64,13 @@ def verify(
 
     folder = find_run(run)
     _show_checks(folder.run_id, {"run": folder.run_id}, verify_run(folder), as_json)
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # a name no file can have
+        return False
 
 
 def _show_checks(name: str, said: dict[str, Any], checks: Sequence[Check], as_json: bool) -> None:
