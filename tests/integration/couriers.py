@@ -170,7 +170,7 @@ class Courier:
 
     def state(self) -> dict[str, Any]:
         """What it says of itself."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             return json.loads((self.folder / "courier.json").read_bytes())
         return {}
 
@@ -209,7 +209,9 @@ class Proxy:
     def __init__(self, home: FedHome) -> None:
         self.seen, self.failing = bytearray(), set[str]()
         trusting = ssl.create_default_context(cafile=str(home.tls / "ca.crt"))
-        upstream = httpx.Client(base_url=f"https://{home.superlink_address}", verify=trusting, timeout=60)
+        self._upstream = upstream = httpx.Client(
+            base_url=f"https://{home.superlink_address}", verify=trusting, timeout=60
+        )
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -249,6 +251,7 @@ class Proxy:
         """Go away."""
         self.server.shutdown()
         self.server.server_close()
+        self._upstream.close()
 
 
 @dataclass(frozen=True)
