@@ -44,9 +44,10 @@ def fleet_of(
     states: Callable[[], Mapping[str, State]] = lambda: dict.fromkeys(NODES, "approved"),
     seconds: float = 60.0,
     watch: Callable[[], None] = lambda: None,
+    again_s: float = 600.0,
 ) -> DeployedFleet:
     fleet = DeployedFleet(
-        Exchange(cast(Grid, nodes), 10, 0.001, watch),
+        Exchange(cast(Grid, nodes), len(NODES), 0.001, watch, again_s),
         lambda: {site: enrolled_as(site, NODES[site], state) for site, state in states().items()},
         seconds,
     )
@@ -92,6 +93,26 @@ def test_a_site_that_is_away_is_waited_for_and_asked_when_it_is_back(requests: l
     nodes = Nodes(dict.fromkeys(NODES.values(), trained), there)
     order = [a.header.site for a in fleet_of(nodes).ask(requests) if isinstance(a, AdapterUpdate)]
     assert order[-1] == "site-2" and len(order) == 3
+
+
+def test_a_message_that_a_line_lost_is_sent_again_and_its_site_answers_once(requests: list[Request]) -> None:
+    asked = 0
+
+    def deaf_at_first(records: RecordDict) -> RecordDict | None:
+        nonlocal asked
+        asked += nodes.reached.count(102) > 1
+        return trained(records) if asked else None
+
+    nodes = Nodes({101: trained, 102: deaf_at_first, 103: trained})
+    order = [a.header.site for a in fleet_of(nodes, again_s=0.05).ask(requests) if isinstance(a, AdapterUpdate)]
+    assert sorted(order) == sorted(NODES) and order[-1] == "site-2"
+    assert nodes.reached.count(102) == 2
+
+
+def test_a_site_that_answers_in_time_is_sent_its_message_once(requests: list[Request]) -> None:
+    nodes = Nodes(dict.fromkeys(NODES.values(), trained))
+    assert len(list(fleet_of(nodes).ask(requests))) == 3
+    assert sorted(nodes.reached) == sorted(NODES.values())
 
 
 def test_a_site_that_stays_away_is_late_and_the_rounds_time_is_not_begun_again(requests: list[Request]) -> None:

@@ -161,7 +161,8 @@ def require_enough(found: Collected, least: int, number: int, run_id: str) -> No
         return
     failures: Sequence[SiteFailure] = found.failures
     if not found.received and not found.rejected and len({(f.code, f.exit_code) for f in failures}) == 1:
-        raise ended(failures[0].code, failures[0].message, failures[0].exit_code)
+        hint = f"cotune resume {run_id}" if failures[0].code in UNUSED else None
+        raise ended(failures[0].code, failures[0].message, failures[0].exit_code, hint)
     reasons = [f"{f.site}: {f.message}" for f in failures] + [f"{s}: {reason}" for s, reason in found.rejected.items()]
     raise RunFailed(
         "E-MIN-SITES",

@@ -21,7 +21,9 @@ from cotune.shared.runs import RunFolder, Status
 
 LOOK_S = 5.0  # others hold a run for a moment to see whether it is held
 LOST = "E-SUPERLINK-LOST"  # the run is not at fault: it goes on where its messages go again
-ENDS: dict[str, Status] = {"E-MIN-SITES": "paused", "E-APPROVAL-TIMEOUT": "paused", "E-STOPPED": "cancelled"}
+ENDS: dict[str, Status] = {
+    "E-MIN-SITES": "paused", "E-TIMEOUT": "paused", "E-APPROVAL-TIMEOUT": "paused", "E-STOPPED": "cancelled",
+}  # fmt: skip
 
 
 def conduct(run: RunFolder, fleet: Fleet, engine: str, kept: Path | None = None) -> None:

@@ -13,10 +13,10 @@ from cotune.shared.update import Answer, SiteFailure
 
 if TYPE_CHECKING:
     from cotune.server.enrolment import Enrolled
-
     from cotune.server.grid import Exchange, Place
 
 POLL_S = 0.5
+AGAIN_S = 120.0  # a courier whose call hangs on a dead line gives it up by then
 LEDGERS_S = 600.0
 NODES_AGE_S = 1.0
 

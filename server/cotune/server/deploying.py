@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from cotune.server.approval import Approval
 from cotune.server.conduct import conduct_deployed
-from cotune.server.deployed import POLL_S, DeployedFleet
+from cotune.server.deployed import AGAIN_S, POLL_S, DeployedFleet
 from cotune.server.enrolment import enrolled
 from cotune.server.fedhome import FedHome
 from cotune.server.grid import Exchange
@@ -43,6 +43,6 @@ def run_deployed(run: RunFolder, grid: Grid) -> None:
         )
         for site in sorted(job.data.sites)
     }
-    exchange = Exchange(grid, at_once=job.sites, poll_s=POLL_S, watch=run.require_wanted)
+    exchange = Exchange(grid, at_once=job.sites, poll_s=POLL_S, watch=run.require_wanted, again_s=AGAIN_S)
     fleet = DeployedFleet(exchange, lambda: enrolled(home.path), job.federation.round_timeout_s)
     conduct_deployed(run, fleet, Approval(run, proposals, trust), trust)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -48,12 +49,20 @@ class Exchange:
         at_once: How many sites are asked at a time; what they answer is held until it is its turn.
         poll_s: Seconds between looks for answers, for each hundred sites that are waited for.
         watch: Called at each look; raises to end the exchange.
+        again_s: After which a site that has not answered is sent its message again, then after twice that, and so on:
+            Flower hands a message out once, and a line may lose it. A site that has it answers with the same bytes.
     """
 
     def __init__(
-        self, grid: Grid, at_once: int, poll_s: float = POLL_S, watch: Callable[[], None] = _unwatched
+        self,
+        grid: Grid,
+        at_once: int,
+        poll_s: float = POLL_S,
+        watch: Callable[[], None] = _unwatched,
+        again_s: float = math.inf,
     ) -> None:
         self._grid, self._at_once, self._poll_s, self._watch = grid, at_once, poll_s, watch
+        self._again_s = again_s
 
     def nodes(self) -> list[int]:
         """The nodes that are there now, in order."""
@@ -94,27 +103,35 @@ class Exchange:
     def _replies(
         self, sent: Mapping[str, RecordDict], kind: str, deadline: float, place_of: PlaceOf
     ) -> Iterator[tuple[str, Reply]]:
-        """One message a site; each site's reply as it comes, or why there is none."""
+        """One reply of each site, as it comes, or why there is none."""
         began = time.monotonic()
         left, waiting = deque(sent), dict[str, str]()
+        due, patience_s = dict[str, float](), dict.fromkeys(sent, self._again_s)
         while (left or waiting) and time.monotonic() < deadline:
             self._watch()
+            asked = set(waiting.values()) - set(left)
+            left.extend(sorted(site for site in asked if due[site] <= time.monotonic()))
             before = len(left), len(waiting)
-            for _ in range(min(len(left), self._at_once - len(waiting))):
+            for _ in range(min(len(left), self._at_once - len(asked - set(left)))):
                 site = left.popleft()
                 place = place_of(site)
                 pushed = place if not isinstance(place, int) else self._push(sent[site], place, kind, deadline)
                 if isinstance(pushed, SiteFailure):
+                    _forget(waiting, site)
                     yield site, pushed.model_copy(update={"site": site})
                 elif pushed is None:
                     left.append(site)
                 else:
                     waiting[pushed] = site
+                    due[site] = time.monotonic() + patience_s[site]
+                    patience_s[site] *= 2
             for identifier in list(waiting):  # one at a time: what is pulled is held whole
-                yield from self._pull(identifier, waiting)
+                for site, reply in self._pull(identifier, waiting):
+                    left = deque(other for other in left if other != site)
+                    yield site, reply
             if (len(left), len(waiting)) == before:
                 time.sleep(self._poll_s * (1 + len(waiting) // 100))
-        for site in [*waiting.values(), *left]:
+        for site in dict.fromkeys([*waiting.values(), *left]):
             message = f"no answer within {deadline - began:.0f} s"
             yield site, SiteFailure(site=site, code="E-TIMEOUT", message=message, exit_code=3)
 
@@ -128,11 +145,12 @@ class Exchange:
         return pushed[0] or None
 
     def _pull(self, identifier: str, waiting: dict[str, str]) -> Iterator[tuple[str, Reply]]:
-        site = waiting[identifier]
+        if (site := waiting.get(identifier)) is None:
+            return
         with _superlink_errors():
             replies = self._grid.pull_messages([identifier])
         for reply in replies:
-            waiting.pop(identifier, None)  # of two replies, whoever reads them says what becomes of each
+            _forget(waiting, site)  # of two replies, whoever reads them says what becomes of each
             if reply.has_error():
                 # Flower's error text may quote a record; only its number is passed on.
                 message = f"failed (Flower code {reply.error.code})"
@@ -185,6 +203,12 @@ def _superlink_errors() -> Generator[None]:
         yield
     except httpx.HTTPError as error:
         raise ConnectionFailed(LOST, f"Flower's SuperLink takes no more messages ({type(error).__name__})") from None
+
+
+def _forget(waiting: dict[str, str], site: str) -> None:
+    """Wait for none of a site's messages any more."""
+    for identifier in [identifier for identifier, other in waiting.items() if other == site]:
+        del waiting[identifier]
 
 
 def _said(answer: Answer) -> Answer:
