@@ -191,7 +191,7 @@ def undisturbed(made: Federation, job: Path, expected: bytes) -> list[str]:
 def main() -> int:
     """Do the faults; 0 if everything held."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="faults whose name holds these words")
+    parser.add_argument("--only", nargs="+", default=[""], help="faults whose name holds one of these words")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     chosen = parser.parse_args()
     if reason := why_not():
@@ -207,7 +207,9 @@ def main() -> int:
             first = undisturbed(made, job, expected)
             sys.stdout.write(f"undisturbed: {'; '.join(first) or 'adapter as simulated, all invariants hold'}\n")
             sys.stdout.flush()
-            figures = campaign(made, [name for name in FAULTS if chosen.only in name], job, expected)
+            figures = campaign(
+                made, [name for name in FAULTS if any(word in name for word in chosen.only)], job, expected
+            )
     figures.faults = [f"undisturbed: {fault}" for fault in first] + figures.faults
     found = figures.to_dict() | {"load average": os.getloadavg()[1]}
     sys.stdout.write(json.dumps(found, indent=2) + "\n")
