@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from cotune.client.checks import Finding, RecordFile, check_file, check_together, check_units, read_file, unit_error
-from cotune.shared.cli import ENVELOPE_VERSION, show
+from cotune.shared.cli import show, show_failed
 from cotune.shared.errors import DataError, JobError
 from cotune.shared.files import storage_errors, write_atomic
 from cotune.shared.records import bad_rows, scan
@@ -53,18 +51,10 @@ def check(
         "together": [asdict(finding) for finding in together],
         "written": written,
     }
-    if error and as_json:
-        envelope = {
-            "schema_version": ENVELOPE_VERSION,
-            "status": "error",
-            "error": error.to_dict(),
-            "data": result,
-        }
-        click.echo(json.dumps(envelope))
-        raise typer.Exit(error.exit_code)
-    show(result, as_json=as_json, text=_as_text(read, findings, together, written))
+    text = _as_text(read, findings, together, written)
     if error:
-        raise error
+        show_failed(error, result, as_json=as_json, text=text)
+    show(result, as_json=as_json, text=text)
 
 
 @data.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import click
 import typer
 
 from cotune.client.site_options import AsJson, HomeOption, home_path
-from cotune.shared.cli import ENVELOPE_VERSION, show
+from cotune.shared.cli import show, show_failed
 
 
 def up(
@@ -50,10 +49,4 @@ def status(home: HomeOption = None, as_json: AsJson = False) -> None:
     if not faults(found):
         show(data, as_json=as_json, text=text)
         return
-    error = error_of(found)
-    if not as_json:
-        click.echo(text)
-        raise error
-    envelope = {"schema_version": ENVELOPE_VERSION, "status": "error", "error": error.to_dict(), "data": data}
-    click.echo(json.dumps(envelope))
-    raise typer.Exit(error.exit_code)
+    show_failed(error_of(found), data, as_json=as_json, text=text)

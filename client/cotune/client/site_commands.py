@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from cotune.client.deployment_commands import down, status, up
@@ -28,7 +26,7 @@ from cotune.client.site_views import (
     view_of,
     view_text,
 )
-from cotune.shared.cli import ENVELOPE_VERSION, show
+from cotune.shared.cli import show, show_failed
 from cotune.shared.errors import JobError
 
 site = typer.Typer(
@@ -141,14 +139,7 @@ def check(job: JobReference, home: HomeOption = None, as_json: AsJson = False) -
     if found.refusal is None:
         show(data, as_json=as_json, text=text)
         return
-    error = found.refusal.error(found.site)
-    if not as_json:
-        click.echo(text)
-        raise error
-    click.echo(
-        json.dumps({"schema_version": ENVELOPE_VERSION, "status": "error", "error": error.to_dict(), "data": data})
-    )
-    raise typer.Exit(error.exit_code)
+    show_failed(found.refusal.error(found.site), data, as_json=as_json, text=text)
 
 
 @site.command()

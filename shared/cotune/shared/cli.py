@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import click
 
@@ -136,6 +136,16 @@ def cotune() -> None:
 def show(data: object, *, as_json: bool, text: str) -> None:
     """Print a command's result: text for people, or one JSON envelope."""
     click.echo(json.dumps({"schema_version": ENVELOPE_VERSION, "status": "ok", "data": data}) if as_json else text)
+
+
+def show_failed(error: CotuneError, data: object, *, as_json: bool, text: str) -> NoReturn:
+    """Print what a command found and end with its error: text, then the error; or one JSON envelope with both."""
+    if not as_json:
+        click.echo(text)
+        raise error
+    envelope = {"schema_version": ENVELOPE_VERSION, "status": "error", "error": error.to_dict(), "data": data}
+    click.echo(json.dumps(envelope))
+    raise click.exceptions.Exit(error.exit_code)
 
 
 def run(arguments: list[str]) -> int:

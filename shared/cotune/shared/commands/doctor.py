@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
-from cotune.shared.cli import ENVELOPE_VERSION, INSPECTIONS, RUNNING, named, show
+from cotune.shared.cli import INSPECTIONS, RUNNING, named, show, show_failed
 from cotune.shared.errors import JobError, RunFailed
 from cotune.shared.fault import Fault, flower_faults
 from cotune.shared.reaching import look_at
@@ -66,13 +64,7 @@ def _show(looked: Looked, as_json: bool) -> None:
         return
     count = f"{total} thing{'s' * (total > 1)} to mend"
     error = RunFailed("E-DOCTOR", count, hint="what stands under each, then cotune doctor again")
-    if not as_json:
-        click.echo(text)
-        raise error
-    click.echo(
-        json.dumps({"schema_version": ENVELOPE_VERSION, "status": "error", "error": error.to_dict(), "data": data})
-    )
-    raise typer.Exit(error.exit_code)
+    show_failed(error, data, as_json=as_json, text=text)
 
 
 def _lines(subject: str, found: list[Fault]) -> list[str]:
