@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from tests.client.federations import certificate, invite_for
-from tests.server.doors import free_port
+from tests.free_ports import free_port
 
 from cotune.client.courier_folder import courier_folder
 from cotune.client.home import SiteHome

@@ -26,7 +26,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 from tests.client.agents import RealSite, until
-from tests.server.doors import free_port
+from tests.free_ports import free_port
 
 from cotune.client.courier_folder import CourierFolder, courier_folder
 from cotune.client.home import SiteHome

@@ -3,7 +3,6 @@
 import http.client
 import json
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import psutil
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from tests.free_ports import free_port
 
 from cotune.server.authority import create_authority, ensure_server_certificate, read_certificate
 from cotune.server.control import Control
@@ -40,12 +40,6 @@ def soon(what: Callable[[], Any]) -> Any:
         assert time.monotonic() < deadline, "did not come to be"
         time.sleep(0.2)
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Coordinator:

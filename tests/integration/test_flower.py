@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import tomli_w
+from tests.free_ports import free_port
 
 from cotune.shared.bundle import BUNDLE_CODE, write_bundle
 from cotune.shared.runs import RunFolder
@@ -209,12 +209,6 @@ def test_an_interruption_stops_flower_and_ray_and_the_run_goes_on_afterwards(tin
     # A site that was in the middle of a round lost it, and trained and charged it again; nothing else is new.
     once, twice = run.job().steps, run.job().steps + run.job().train.local_steps
     assert {site["steps"] for site in claim["sites"]} <= {once, twice}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
-from tests.server.doors import Door, Tls, door, free_port, make_tls, nginx_program, rest, running, superlink, trusting
+from tests.free_ports import free_port
+from tests.server.doors import Door, Tls, door, make_tls, nginx_program, rest, running, superlink, trusting
 
 from cotune.server.link import Limits
 

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
+from tests.free_ports import free_port
 
 from cotune.server.gateway import Gate
 from cotune.server.link import Limits
@@ -75,12 +76,6 @@ def make_tls(folder: Path, *, days: int = 30) -> Tls:
     made.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     made.key.chmod(0o600)
     return made
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def until(port: int, process: subprocess.Popen[bytes], seconds: float = 60) -> None:

@@ -18,7 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.server.doors import QUICK, Door, Tls, door, free_port, make_tls, nginx_program, rest, running, trusting
+from tests.free_ports import free_port
+from tests.server.doors import QUICK, Door, Tls, door, make_tls, nginx_program, rest, running, trusting
 
 from cotune.server.fedhome import FedHome, FedSettings
 from cotune.server.gateway import gate_of, passes

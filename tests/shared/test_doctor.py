@@ -16,7 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from tests.server.doors import Tls, door, free_port, make_tls, nginx_program, running, superlink
+from tests.free_ports import free_port
+from tests.server.doors import Tls, door, make_tls, nginx_program, running, superlink
 
 from cotune.server.fedhome import FedHome, FedSettings
 from cotune.server.inspection import SECRETS, inspect
