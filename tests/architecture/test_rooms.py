@@ -26,6 +26,7 @@ FLOWER_DOORS = {
     "shared/cotune/shared/wire.py",
     "client/cotune/client/courier.py",
     "client/cotune/client/courier_process.py",
+    "client/cotune/client/bounded_sending.py",
     "client/cotune/client/fleet_link.py",
     "server/cotune/server/app.py",
     "server/cotune/server/grid.py",

@@ -13,7 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cotune.client.budget import account
-from cotune.client.decisions import MAX_UNDECIDED
+from cotune.client.decisions import MAX_UNDECIDED, Standing
 from cotune.client.guard import Guard
 from cotune.client.home import SiteHome
 from cotune.client.policy import policy_text
@@ -355,15 +355,37 @@ def test_a_policy_that_was_tightened_holds_from_the_next_plan_on(
     assert "policy.change" in desk.actions(guard.home)
 
 
-def test_a_swapped_data_file_is_logged_and_opens_no_new_budget(
+def test_a_swapped_data_file_is_logged_and_opens_no_new_budget_and_its_jobs_wait_to_be_approved_again(
     guard: Guard, desk: Any, ask_job: Any, notes: Path
 ) -> None:
-    desk.take(guard, desk.plan(ask_job()))
+    job = ask_job()
+    desk.take(guard, desk.plan(job))
     before = spent(guard)
     notes.write_text('{"prompt": "other", "completion": " x", "patient": "p1"}\n')
-    guard.admit(desk.plan(ask_job(), 2), MODEL)
+    for _ in range(2):
+        error = desk.refused(guard.admit, desk.plan(job, 2), MODEL)
+        assert error.code == "E-APPROVAL" and error.message.endswith("waits for approval"), "outsiders learn no more"
     assert desk.actions(guard.home)[-1] == "data.change"
+    assert guard.home.jobs.standings()[job.sha256()] == Standing("waiting", outdated=True)
+    guard.home.jobs.approve(job, by="admin")
+    guard.admit(desk.plan(job, 2), MODEL)
     assert spent(guard) == before
+
+
+def test_another_data_sets_new_file_and_a_denial_are_left_as_they_are(guard: Guard, desk: Any, ask_job: Any) -> None:
+    job, jobs = ask_job(), guard.home.jobs
+    guard.home.ledger.append("data.change", dataset="letters", digest="0" * 64)
+    assert jobs.standings()[job.sha256()].state == "approved"
+    jobs.deny(job.sha256(), "withdrawn")
+    guard.home.ledger.append("data.change", dataset="notes", digest="0" * 64)
+    assert jobs.standings()[job.sha256()] == Standing("denied")
+
+
+def test_what_the_policy_approves_by_itself_outlives_a_new_file(guard: Guard, desk: Any, ask_job: Any) -> None:
+    job, jobs = ask_job(), guard.home.jobs
+    jobs.approve(job, by="policy")
+    guard.home.ledger.append("data.change", dataset="notes", digest="0" * 64)
+    assert jobs.standings()[job.sha256()].state == "approved"
 
 
 def test_a_data_file_swapped_for_that_of_another_data_set_is_refused_in_private(

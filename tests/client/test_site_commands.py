@@ -74,6 +74,18 @@ def test_init_makes_a_home_and_says_what_comes_next(told: Told, notes: Path, tmp
     assert (home.policy.allow.models, home.policy.approve.mode) == ((), "manual"), "default deny"
 
 
+def test_init_allows_the_base_models_it_is_told(told: Told, notes: Path, tmp_path: Path) -> None:
+    allowed = tuple(f"sha256:{digit * 64}" for digit in "ab")
+    assert told(*init(notes), *(word for model in allowed for word in ("--model", model)))[0] == 0
+    assert SiteHome.open(tmp_path / "home").policy.allow.models == allowed
+
+
+def test_init_with_a_model_that_is_no_hash_makes_nothing(told: Told, notes: Path, tmp_path: Path) -> None:
+    code, _, err = told(*init(notes), "--model", "SmolLM2")
+    assert (code, err.split()[0]) == (4, "E-POLICY-VALUE")
+    assert not (tmp_path / "home").exists()
+
+
 def test_init_as_json_is_one_envelope(told: Told, notes: Path, tmp_path: Path) -> None:
     data = data_of(told(*init(notes), "--json")[1])
     assert (data["site"], data["simulated"], data["home"]) == ("st-mary", False, str(tmp_path / "home"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import cast
@@ -113,6 +114,44 @@ def test_a_site_that_answers_in_time_is_sent_its_message_once(requests: list[Req
     nodes = Nodes(dict.fromkeys(NODES.values(), trained))
     assert len(list(fleet_of(nodes).ask(requests))) == 3
     assert sorted(nodes.reached) == sorted(NODES.values())
+
+
+def test_a_site_that_withholds_part_of_its_reply_holds_nobody_up(
+    requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cotune.server.grid.PULL_S", 0.05)
+    whole = threading.Event()
+
+    def withheld(records: RecordDict) -> RecordDict:
+        whole.wait(30)
+        return trained(records)
+
+    nodes, order = Nodes({101: withheld, 102: trained, 103: trained}), list[str]()
+    for answer in fleet_of(nodes).ask(requests):
+        assert isinstance(answer, AdapterUpdate)
+        order.append(answer.header.site)
+        if len(order) == 2:
+            whole.set()  # it comes late, and counts
+    assert sorted(order[:2]) == ["site-2", "site-3"] and order[2:] == ["site-1"]
+
+
+def test_a_site_that_never_sends_the_rest_is_late_when_the_round_is(
+    requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cotune.server.grid.PULL_S", 0.05)
+    for_ever = threading.Event()
+
+    def withheld(records: RecordDict) -> RecordDict:
+        for_ever.wait(30)
+        return trained(records)
+
+    began = time.monotonic()
+    answers = named(fleet_of(Nodes({101: withheld, 102: trained, 103: trained}), seconds=1.0).ask(requests))
+    assert time.monotonic() - began < 10
+    for_ever.set()
+    late = answers.pop("site-1")
+    assert isinstance(late, SiteFailure) and late.code == "E-TIMEOUT"
+    assert all(isinstance(answer, AdapterUpdate) for answer in answers.values()) and len(answers) == 2
 
 
 def test_a_site_that_stays_away_is_late_and_the_rounds_time_is_not_begun_again(requests: list[Request]) -> None:

@@ -22,9 +22,10 @@ from pathlib import Path
 from flwr.app import RecordDict
 
 from cotune.client.agent_link import AgentLink
+from cotune.client.bounded_sending import SIZE
 from cotune.client.courier import refused, trained
 from cotune.client.courier_folder import CourierFolder
-from cotune.client.fleet_link import AWAY, CLOCK, REFUSED, SIZE, TLS, FleetLink, Incoming, RunOver, read_incoming
+from cotune.client.fleet_link import AWAY, CLOCK, REFUSED, TLS, FleetLink, Incoming, RunOver, read_incoming
 from cotune.client.mailbox import Mailbox
 from cotune.shared.bundle import require_bundle
 from cotune.shared.errors import ConnectionFailed, CotuneError, RefusedError, RunFailed, StorageError

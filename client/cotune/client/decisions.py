@@ -30,10 +30,12 @@ class Standing:
     Attributes:
         state: Approved or denied if a decision was ever taken, the newest counts; else refused or waiting.
         rules: Rules that refused it, each once.
+        outdated: Whether the administrator approved it for another version of the data: it waits again.
     """
 
     state: State
     rules: tuple[str, ...] = ()
+    outdated: bool = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,18 +51,38 @@ class Decisions:
     ledger: Ledger
 
     def standings(self) -> dict[str, Standing]:
-        """Every job by its SHA-256, in the order in which they came."""
+        """Every job by its SHA-256, in the order in which they came.
+
+        Edge cases: a data set's new file takes back what the administrator approved for the old one; what the
+        policy approves by itself, and what was denied, stays.
+        """
         found: dict[str, Standing] = {}
+        by_admin: set[str] = set()
         for entry in self.ledger.entries:
+            if entry.action == "data.change":
+                found |= {sha256: self._outdated(sha256, found[sha256], entry.fields["dataset"]) for sha256 in by_admin}
             state = _STATES.get(entry.action)
             if state is None:
                 continue
             sha256 = entry.fields["job_sha256"]
             before = found.get(sha256, Standing("waiting"))
             rules = (*before.rules, entry.fields["rule"]) if state == "refused" else before.rules
-            decided = before.state in ("approved", "denied") and state in ("waiting", "refused")
-            found[sha256] = Standing(before.state if decided else state, rules)
+            if state in ("approved", "denied"):
+                found[sha256] = Standing(state, rules)
+                (by_admin.add if entry.fields["by"] == "admin" else by_admin.discard)(sha256)
+            else:
+                decided = before.outdated or before.state in ("approved", "denied")
+                found[sha256] = Standing(before.state if decided else state, rules, before.outdated)
         return found
+
+    def _outdated(self, sha256: str, standing: Standing, dataset: str) -> Standing:
+        try:
+            named = self.job(sha256).data.dataset
+        except JobError:  # then it may be about any
+            named = None
+        if standing.state != "approved" or named not in (None, dataset):
+            return standing
+        return Standing("waiting", standing.rules, outdated=True)
 
     def receive(self, job: Job, *, come: bool = True) -> bool:
         """Keep a job that is not known yet.

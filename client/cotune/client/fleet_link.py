@@ -44,15 +44,15 @@ from flwr.supercore.inflatable.inflatable_utils import (
     pull_objects,
 )
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from cotune.client.bounded_sending import BoundedSending, too_large
 from cotune.client.courier_folder import CourierFolder
 from cotune.shared.errors import ConnectionFailed
 
-AWAY, REFUSED, TLS, SIZE, CLOCK = "E-COORDINATOR-AWAY", "E-NODE-REFUSED", "E-TLS", "E-MESSAGE-SIZE", "E-CLOCK"
-MAX_OBJECTS, MAX_RESPONSE = 100_000, 64 * 1024 * 1024  # Flower cuts arrays into parts of 5 MB; a bundle has at most 10
+AWAY, REFUSED, TLS, CLOCK = "E-COORDINATOR-AWAY", "E-NODE-REFUSED", "E-TLS", "E-CLOCK"
+MAX_OBJECTS = 100_000
 CALL_TIMEOUT_S, CONTENT_TIMEOUT_S = 120.0, 3600.0  # 5 MB over a line of 1 Mbit/s take 40 s
 UNAUTHORIZED, MAX_SKEW_S = 401, 300.0
 
@@ -115,7 +115,7 @@ class FleetLink:
         self._http = httpx.Client(verify=context, follow_redirects=False, limits=httpx.Limits(keepalive_expiry=60))
         self._fleet = FleetHttpClient(
             f"https://{settings.address}",
-            interceptors=[NodeAuthHttpInterceptor(key, key.public_key()), _Bounded(self._http)],
+            interceptors=[NodeAuthHttpInterceptor(key, key.public_key()), BoundedSending(self._http)],
             verify=context,
             timeout=CALL_TIMEOUT_S,
         )
@@ -236,34 +236,10 @@ class _Puller:
         with self._lock:
             self._left -= len(found.object_content)
             if self._left < 0:
-                raise _too_large()
+                raise too_large()
         if hashlib.sha256(found.object_content).hexdigest() != object_id:
             raise ConnectionFailed("E-WIRE", "a part of the message is not the one its hash names")
         return found.object_content
-
-
-@dataclass(frozen=True)
-class _Bounded:
-    """Sends Flower's requests by a connection of ours, which reads no more than it must."""
-
-    http: httpx.Client
-
-    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
-        """Send a request; see `ProtobufClientInterceptor`."""
-        del call_next
-        context.request.headers["accept-encoding"] = "identity"
-        response, content = self.http.send(context.request, stream=True), bytearray()
-        with contextlib.closing(response):
-            for chunk in response.iter_raw():
-                content += chunk
-                if len(content) > MAX_RESPONSE:
-                    raise _too_large()
-        headers = [(key, value) for key, value in response.headers.multi_items() if key != "content-encoding"]
-        return httpx.Response(response.status_code, headers=headers, content=bytes(content), request=context.request)
-
-
-def _too_large() -> ConnectionFailed:
-    return ConnectionFailed(SIZE, "the message is larger than this site takes")
 
 
 @contextlib.contextmanager

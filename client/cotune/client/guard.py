@@ -41,11 +41,11 @@ class Guard:
     def admit(self, plan: RoundPlan, model_sha256: str | None) -> DatasetPolicy:
         """Everything that is decided without a record: heads, rules, approval, the budget of the whole run.
 
-        Guarantee: a run gets its first round only if all its rounds fit into the budgets; what it is charged
-        later is checked round by round, by `reserve`.
+        Guarantee: a run gets its first round only if all its rounds fit into the budgets; later `reserve` checks each.
 
         Edge cases: a ledger behind a head this site once signed stops everything; a plan that is for another
-        site, or that goes on with a run of another job, is refused.
+        site, or that goes on with a run of another job, is refused; so is a job whose data set got another file
+        after the administrator approved it, also in the middle of its run, until it is approved again.
 
         Args:
             plan: What is asked.
@@ -76,6 +76,7 @@ class Guard:
         if not self.home.is_simulated:
             with self.data_errors(plan):
                 self.home.files.note(dataset)
+            self._require_approval(plan, policy)  # a new file takes back approvals of the old one
         return dataset
 
     @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,24 @@ from cotune.shared.jobfile import validate
 from cotune.shared.records import bad_rows
 
 
-def open_new_site(home: Path, site: Mapping[str, Any], dataset: Mapping[str, Any]) -> tuple[SiteHome, list[Finding]]:
+def open_new_site(
+    home: Path, site: Mapping[str, Any], dataset: Mapping[str, Any], models: Sequence[str] = ()
+) -> tuple[SiteHome, list[Finding]]:
     """Check a data set and make the home of a site that holds it; what the checks found beside errors.
 
     Args:
         home: Where; nothing may be there yet.
         site: Settings of `SiteSection`: its public name, and whether it is a simulated one.
         dataset: Settings of `DatasetPolicy`.
+        models: Base models that jobs may use, see `AllowSection`.
 
     Raises:
         JobError: A setting is impossible, or there is something at `home`.
         DataError: A row cannot be used, or is nobody's (E-UNIT).
         PrivacyError: delta_total would let one unit be published whole.
     """
-    policy = validate({"site": dict(site), "dataset": [dataset]}, POLICY_FILE, origin="cotune site init")
+    settings = {"site": dict(site), "dataset": [dataset], "allow": {"models": list(models)}}
+    policy = validate(settings, POLICY_FILE, origin="cotune site init")
     refuse_taken(home, taken(home))
     findings = _checked(policy.dataset[0])
     return SiteHome.create(home, policy), findings

@@ -147,6 +147,7 @@ def _summary(home: SiteHome, sha256: str, standing: Standing) -> dict[str, Any]:
         "bundle_sha256": bundle_sha256(),  # this version's own: a job that comes with another is refused
         "state": standing.state,
         "rules": list(standing.rules),
+        "outdated": standing.outdated,
     }
     try:
         job = home.jobs.job(sha256)

@@ -58,6 +58,9 @@ def init(
     epsilon_total: Annotated[float | None, typer.Option(help="May be spent in all, for ever.")] = None,
     epsilon_per_run: Annotated[float | None, typer.Option(help="May be spent by one run.")] = None,
     delta_total: Annotated[float, typer.Option(help="The delta of both.")] = 1e-5,
+    model: Annotated[
+        list[str] | None, typer.Option(help="sha256:HASH of a base model that jobs may use; may be given again.")
+    ] = None,
     simulated: Annotated[
         bool, typer.Option("--simulated", help="For trials: noise of a public seed is let in. Never for real records.")
     ] = False,
@@ -82,7 +85,7 @@ def init(
         "budget": budget,
     }
     who = {"name": settings["name"], "simulated": simulated}
-    made, findings = open_new_site(home_path(home), who, described)
+    made, findings = open_new_site(home_path(home), who, described, model or ())
     write_request(made)
     data_out = {**view_of(made), "findings": [asdict(finding) for finding in findings]}
     show(data_out, as_json=as_json, text=init_text(made, findings))
@@ -160,11 +163,14 @@ def jobs(home: HomeOption = None, as_json: AsJson = False) -> None:
 
 @site.command()
 def approve(job: JobReference, home: HomeOption = None, as_json: AsJson = False) -> None:
-    """Let a job run. It must keep every rule: an approval is no way round the policy."""
+    """Let a job run, on the data set's file as it is now. It must keep every rule: this is no way round the policy."""
     opened = open_home(home)
     found = review(opened, job, locate_model=False)
     if found.refusal:
         raise found.refusal.error(found.site)
+    dataset = opened.policy.find(found.job.data.dataset)
+    if dataset and not opened.is_simulated:
+        opened.files.note(dataset)
     opened.jobs.approve(found.job, by="admin")
     data = {**found.to_dict(), "state": "approved"}
     show(data, as_json=as_json, text=f"{found.text()}\napproved {found.job.sha256()}")

@@ -143,6 +143,9 @@ def log_text(home: SiteHome, entries: Sequence[Entry], *, full: bool) -> str:
     ])  # fmt: skip
 
 
+OUTDATED = "the data set's file has changed since this was approved: look at it, then approve again"
+
+
 def jobs_text(home: SiteHome, rows: Sequence[dict[str, Any]]) -> str:
     """The jobs for people."""
     lines = [view_text(home)]
@@ -150,6 +153,7 @@ def jobs_text(home: SiteHome, rows: Sequence[dict[str, Any]]) -> str:
         by = f" by {', '.join(row['rules'])}" if row["state"] == "refused" else ""
         lines += [
             f"{row['job_sha256'][:12]}  {row['state']}{by}  {row['name'] or ''}",
+            *([f"  {OUTDATED}"] if row["outdated"] else []),
             f"  {row['cost']}",
             f"  code    bundle {row['bundle_sha256'][:12]}, the one of this site's own version; none other is let in",
             *(f"  leaves  {each}" for each in row["leaves"]),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 
 import httpx
 from flwr.app import Message, MessageType, RecordDict
@@ -31,10 +33,12 @@ from cotune.shared.wire import (
 
 POLL_S = 0.1
 NODE_TIMEOUT_S = 120.0
+PULL_S = 5.0  # a reply that takes longer to fetch is fetched beside the others'
 
 Place = int | SiteFailure | None  # a site's node; why it never has one; None: not now
 PlaceOf = Callable[[str], Place]
 Reply = RecordDict | SiteFailure
+Fetching = dict[str, Future[Iterable[Message]]]
 
 
 def _unwatched() -> None:
@@ -107,6 +111,7 @@ class Exchange:
         began = time.monotonic()
         left, waiting = deque(sent), dict[str, str]()
         due, patience_s = dict[str, float](), dict.fromkeys(sent, self._again_s)
+        late: Fetching = {}
         while (left or waiting) and time.monotonic() < deadline:
             self._watch()
             asked = set(waiting.values()) - set(left)
@@ -126,7 +131,7 @@ class Exchange:
                     due[site] = time.monotonic() + patience_s[site]
                     patience_s[site] *= 2
             for identifier in list(waiting):  # one at a time: what is pulled is held whole
-                for site, reply in self._pull(identifier, waiting):
+                for site, reply in self._pull(identifier, waiting, late):
                     left = deque(other for other in left if other != site)
                     yield site, reply
             if (len(left), len(waiting)) == before:
@@ -144,11 +149,11 @@ class Exchange:
             return SiteFailure(site="", code="E-TOO-LARGE", message="the message is larger than Flower carries")
         return pushed[0] or None
 
-    def _pull(self, identifier: str, waiting: dict[str, str]) -> Iterator[tuple[str, Reply]]:
+    def _pull(self, identifier: str, waiting: dict[str, str], late: Fetching) -> Iterator[tuple[str, Reply]]:
         if (site := waiting.get(identifier)) is None:
             return
         with _superlink_errors():
-            replies = self._grid.pull_messages([identifier])
+            replies = self._fetch(identifier, late)
         for reply in replies:
             _forget(waiting, site)  # of two replies, whoever reads them says what becomes of each
             if reply.has_error():
@@ -157,6 +162,28 @@ class Exchange:
                 yield site, SiteFailure(site=site, code=CRASHED, message=message)
             else:
                 yield site, reply.content
+
+    def _fetch(self, identifier: str, late: Fetching) -> Iterable[Message]:
+        """The replies to a message that are whole.
+
+        Flower waits for every part of a reply that was begun, for minutes: a site that withholds one would hold
+        up all others. So after PULL_S the wait goes on in a thread of its own, which ends with Flower's patience.
+        """
+        pulled = late.pop(identifier, None)
+        if pulled is None:
+            pulled = Future[Iterable[Message]]()
+            threading.Thread(target=self._fetch_into, args=(pulled, identifier), daemon=True).start()
+            wait([pulled], PULL_S)
+        if pulled.done():
+            return pulled.result()
+        late[identifier] = pulled
+        return ()
+
+    def _fetch_into(self, pulled: Future[Iterable[Message]], identifier: str) -> None:
+        try:
+            pulled.set_result(self._grid.pull_messages([identifier]))
+        except Exception as error:  # noqa: BLE001 - whoever waits for the future raises it
+            pulled.set_exception(error)
 
 
 class GridFleet:

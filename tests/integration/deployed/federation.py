@@ -159,10 +159,7 @@ class Federation:
         options = {"epsilon-total": "2000", "epsilon-per-run": "100", "delta-total": "1e-3", **budget}
         chosen = [word for option, value in options.items() for word in (f"--{option}", value)]
         what = ["--name", name, "--dataset", DATASET, "--data", str(records), "--simulated"]
-        site.tell("site", "init", *what, *chosen)
-        policy = site.home / "policy.toml"
-        allowed = policy.read_text().replace("models = []", f'models = ["sha256:{self.model_sha256}"]')
-        policy.write_text(allowed)
+        site.tell("site", "init", *what, "--model", f"sha256:{self.model_sha256}", *chosen)
         site.tell("site", "join", self.coordinator.let_in(site))
         self.sites[name] = site
         return site
