@@ -267,7 +267,8 @@ def test_flowers_defaults_are_found_open(fed: FedHome, tmp_path: Path, capsys: p
         "--port",
         str(port),
     ]
-    env = {"FLWR_HOME": str(tmp_path), "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "0"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # it starts flower-superexec by name
+    env = {"FLWR_HOME": str(tmp_path), "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "0", "PATH": path}
     with running(stock, port, tmp_path / "log", **env) as process:
         code, looked = told(["--fed", fed.path, "--address", f"127.0.0.1:{port}"], capsys)
     assert code == 1

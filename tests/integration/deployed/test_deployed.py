@@ -16,7 +16,6 @@ from tests.integration.deployed.study import SITES, canary, leaks
 
 from cotune.client.agent_link import AgentLink
 from cotune.client.courier_folder import courier_folder
-from cotune.shared.runs import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
@@ -72,12 +71,6 @@ def test_a_courier_folder_holds_neither_data_nor_the_ledgers_key(story: Story) -
     assert not ({path.name for path in stolen.iterdir()} & {"site.key", "policy.toml", "ledger.jsonl", "head.json"})
 
 
-def failures(run: RunFolder) -> list[tuple[str, str]]:
-    """Who failed in a run, and how."""
-    said = [event["data"]["failure"] for event in run.events() if event["data"].get("failure")]
-    return [(failure["site"], failure["code"]) for failure in said]
-
-
 def test_no_word_of_a_record_was_ever_on_the_line(story: Story) -> None:
     assert story.first is not None
     assert leaks([story.wiretap], [story.first.run_id]), "the recorder saw the run, in clear"
@@ -87,22 +80,17 @@ def test_no_word_of_a_record_was_ever_on_the_line(story: Story) -> None:
 
 def test_an_exception_over_a_record_carries_none_of_it_to_the_coordinator(story: Story) -> None:
     made, path = story.made, story.folder / "records" / "site-2.jsonl"
-    site, whole = made.sites["site-2"], path.read_text()
+    whole = path.read_text()
     path.write_text(whole.rstrip("\n")[:-3] + "\n" + f'{{"prompt": 7, "completion": "{canary("site-2", 999)}"}}\n')
     try:
         run = made.submit(story.job)
         assert made.wait(run) == "paused"
-        assert failures(run)[-1] == ("site-2", "E-APPROVAL"), "the file is not the one that was approved"
-        made.approve([site])
-        made.coordinator.tell("resume", run.run_id)
-        assert made.wait(run) == "paused"
-        assert failures(run)[-1] == ("site-2", "E-SITE-DATA")
+        said = [event["data"]["failure"] for event in run.events() if event["data"].get("failure")]
+        assert [(failure["site"], failure["code"]) for failure in said] == [("site-2", "E-SITE-DATA")]
     finally:
         path.write_text(whole)
     assert leaks([story.wiretap, made.coordinator.home]) == []
-    assert site.tell("site", "log")["own_checks"], "the site's own log says why"
-    [job] = {job["job_sha256"] for job in site.tell("site", "jobs")["jobs"]}
-    site.tell("site", "approve", job[:12])
+    assert made.sites["site-2"].tell("site", "log")["own_checks"], "the site's own log says why"
     made.coordinator.tell("resume", run.run_id)
     assert made.wait(run) == "succeeded"
     assert (run.adapter / "adapter_model.safetensors").read_bytes() == story.expected

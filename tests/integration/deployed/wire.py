@@ -108,9 +108,10 @@ class Proxy:
 
 def reset(writer: asyncio.StreamWriter) -> None:
     """End a connection with a reset, as a firewall does that forgot it."""
-    connection = writer.get_extra_info("socket")
-    with contextlib.suppress(OSError):
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_AT_ONCE)
+    connection = writer.get_extra_info("socket")  # None once it is closed
+    if connection is not None:
+        with contextlib.suppress(OSError):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_AT_ONCE)
     writer.transport.abort()
 
 
