@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -135,6 +136,22 @@ def test_time_runs_out_for_too_few(start) -> None:
 def test_when_time_runs_out_enough_go_on_without_who_waits(start) -> None:
     _, approval = start(approval_timeout_s=0.05)
     assert approval.obtain(Shown(site_2=after(10**6))) == ["site-1", "site-3"]
+
+
+def test_time_runs_on_over_restarts_and_begins_anew_when_the_run_is_resumed(start) -> None:
+    run, _ = start(approval_timeout_s=0.5, min_sites=3)
+    run.set_state("awaiting_approval", 0)
+    time.sleep(0.6)
+    run.set_state("queued", 0)  # the process that waited died
+    run.set_state("awaiting_approval", 0)
+    _, restarted = start(run)
+    with pytest.raises(TimedOut):
+        restarted.obtain(Shown(site_3=after(10)))
+    run.set_state("paused", 0)
+    run.set_state("queued", 0)
+    run.set_state("awaiting_approval", 0)
+    _, resumed = start(run)
+    assert resumed.obtain(Shown(site_3=after(10))) == list(SITES)
 
 
 def forged(proposal: Proposal) -> JobStanding:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 
 from cotune.server.deployed import Proposing
 from cotune.server.trust import Trust
 from cotune.shared.errors import RefusedError, StorageError, TimedOut
 from cotune.shared.files import write_json
 from cotune.shared.proposal import JobStanding, Proposal
-from cotune.shared.runs import RunFolder
+from cotune.shared.runs import OVER, RunFolder
 from cotune.shared.signing import verify
 from cotune.shared.update import SiteFailure
 
@@ -26,9 +27,9 @@ class Approval:
     Guarantee: a site counts as having approved only by a standing for this run and this job that is signed with
     the key it is enrolled with.
 
-    Edge cases: what a site approved it is not asked again, also when the run goes on after a crash: it will refuse
-    its plan if it has thought better of it. A site that denied or refused is asked again while others are waited
-    for, since its administrator may mend that.
+    Edge cases: time runs on over restarts of this process. What a site approved it is not asked again, also when
+    the run goes on after a crash: it will refuse its plan if it has thought better of it. A site that denied or
+    refused is asked again while others are waited for, since its administrator may mend that.
 
     Args:
         run: Whose events say who waits and who refused.
@@ -51,7 +52,7 @@ class Approval:
             TimedOut: E-APPROVAL-TIMEOUT: too few have approved in time.
         """
         settings = self._run.job().federation
-        deadline = time.monotonic() + settings.approval_timeout_s
+        deadline = time.monotonic() + settings.approval_timeout_s - self._waited_s()
         while True:
             asked = [self._proposals[site] for site in sorted(self._proposals) if not self._has("approved", site)]
             patience = min(PASS_S, max(0.0, deadline - time.monotonic()))
@@ -62,6 +63,17 @@ class Approval:
             if not waiting or time.monotonic() >= deadline:
                 return self._outcome(settings.min_sites, waiting)
             self._pause(deadline)
+
+    def _waited_s(self) -> float:
+        """For how long processes before this one waited for sites, since the run was last begun by hand."""
+        since = None
+        for event in self._run.events():
+            status = event["data"].get("status") if event["type"] == "status" else None
+            if status == "awaiting_approval":
+                since = since or datetime.fromisoformat(event["created_at"])
+            elif status in OVER:
+                since = None
+        return max(0.0, (datetime.now(UTC) - since).total_seconds()) if since else 0.0
 
     def _outcome(self, least: int, waiting: list[str]) -> list[str]:
         approved = [site for site in sorted(self._proposals) if self._has("approved", site)]
