@@ -13,7 +13,7 @@ from cotune.shared.errors import RunFailed
 from cotune.shared.finding import find_run
 
 if TYPE_CHECKING:
-    from cotune.shared.verification import Check
+    from cotune.shared.checking.checks import Check
 
 Reference = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, id, unique prefix, or `latest`.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON envelope.")]
@@ -51,6 +51,9 @@ def verify(
     run: Annotated[
         str, typer.Argument(metavar="RUN|FILE", help="A run, or a file written by `cotune site log export`.")
     ] = "latest",
+    signers: Annotated[
+        Path | None, typer.Option(help="allowed_signers file you got elsewhere: only its keys may have signed.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Check a run or an exported ledger without trusting its figures: hashes, signatures, epsilon from events."""
@@ -60,10 +63,13 @@ def verify(
         exported = read_exported(Path(run))
         _show_checks(exported.site, said_of(exported), verify_exported(exported), as_json)
         return
+    from cotune.shared.checking.checks import printable
+    from cotune.shared.signers import read_signers
     from cotune.shared.verification import verify_run
 
     folder = find_run(run)
-    _show_checks(folder.run_id, {"run": folder.run_id}, verify_run(folder), as_json)
+    name = printable(folder.run_id)
+    _show_checks(name, {"run": name}, verify_run(folder, read_signers(signers) if signers else None), as_json)
 
 
 def _is_file(name: str) -> bool:

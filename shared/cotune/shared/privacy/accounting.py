@@ -123,6 +123,32 @@ def _gaussian_power(rate: float, noise_multiplier: float) -> float:
     return float(norm.cdf(norm.ppf(rate) + 1 / noise_multiplier))
 
 
+def delta_profile(events: Iterable[Event], epsilons: Sequence[float]) -> list[tuple[float, float]]:
+    """The delta of everything released at each epsilon: the guarantee as a whole, of which one pair is a point.
+
+    Guarantee: an upper bound of the true delta, for the neighbours of `epsilon`; without sampling it is exact
+    (Balle and Wang 2018, theorem 8).
+
+    Edge cases: nothing released is 0; a non-private release is 1.
+    """
+    private = private_events(events)
+    if not private:
+        return [(each, 1.0 if private is None else 0.0) for each in epsilons]
+    private = credited(private)
+    if not any(map(is_sampled, private)):
+        noise = joint_noise(private)
+        return [(each, _gaussian_delta(each, noise)) for each in epsilons]
+    deltas: Any = loss_distribution(private).get_delta_for_epsilon(list(epsilons))
+    return [(each, float(delta)) for each, delta in zip(epsilons, deltas, strict=True)]
+
+
+def _gaussian_delta(epsilon_: float, noise_multiplier: float) -> float:
+    from scipy.stats import norm
+
+    half, shift = 1 / (2 * noise_multiplier), epsilon_ * noise_multiplier
+    return max(0.0, float(norm.cdf(half - shift) - math.exp(epsilon_ + norm.logcdf(-half - shift))))
+
+
 def check_delta(delta: float) -> float:
     """The delta itself.
 
