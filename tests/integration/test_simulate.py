@@ -21,6 +21,7 @@ from cotune.server.coordinator import Coordinator
 from cotune.server.evaluation import GlobalEvaluator
 from cotune.server.fleet import Request
 from cotune.shared.cli import run as command
+from cotune.shared.files import file_sha256
 from cotune.shared.methods import layout_of, quiet_peft
 from cotune.shared.model import locate
 from cotune.shared.runs import RunFolder

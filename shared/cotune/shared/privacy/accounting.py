@@ -108,7 +108,7 @@ def _powers(events: tuple[PrivateEvent, ...], rates: Sequence[float]) -> list[fl
     import numpy as np
 
     grid = np.arange(401) / 20
-    deltas: Any = loss_distribution(events).get_delta_for_epsilon(grid)
+    deltas = np.array(_deltas(events, tuple(grid.tolist())))
     powers: list[float] = []
     for rate in rates:
         upper = float(np.min(np.exp(grid) * rate + deltas))
@@ -138,8 +138,13 @@ def delta_profile(events: Iterable[Event], epsilons: Sequence[float]) -> list[tu
     if not any(map(is_sampled, private)):
         noise = joint_noise(private)
         return [(each, _gaussian_delta(each, noise)) for each in epsilons]
-    deltas: Any = loss_distribution(private).get_delta_for_epsilon(list(epsilons))
-    return [(each, float(delta)) for each, delta in zip(epsilons, deltas, strict=True)]
+    return list(zip(epsilons, _deltas(private, tuple(epsilons)), strict=True))
+
+
+@lru_cache(maxsize=256)  # a claim is made once, and checked by every site and again by whoever verifies it
+def _deltas(events: tuple[PrivateEvent, ...], epsilons: tuple[float, ...]) -> tuple[float, ...]:
+    found: Any = loss_distribution(events).get_delta_for_epsilon(list(epsilons))
+    return tuple(float(delta) for delta in found)
 
 
 def _gaussian_delta(epsilon_: float, noise_multiplier: float) -> float:
