@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cotune.shared.cli import show
-from cotune.shared.errors import RunFailed
+from cotune.shared.errors import JobError, RunFailed
+from cotune.shared.files import write_atomic
 from cotune.shared.finding import find_run
 
 if TYPE_CHECKING:
     from cotune.shared.checking.checks import Check
+    from cotune.shared.runs import RunFolder
 
 Reference = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, id, unique prefix, or `latest`.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON envelope.")]
@@ -94,13 +96,48 @@ def _show_checks(name: str, said: dict[str, Any], checks: Sequence[Check], as_js
 
 def export(
     run: Reference,
-    out: Annotated[Path, typer.Option("--out", "--peft", help="The new folder.")],
+    out: Annotated[Path | None, typer.Option("--out", "--peft", help="The adapter, as a new folder.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base model.")] = False,
+    registry: Annotated[
+        Path | None, typer.Option(help="Record of the DP Deployments Registry (OpenDP, NIST), as YAML.")
+    ] = None,
+    dpia: Annotated[
+        Path | None, typer.Option(help="Facts for an impact assessment (GDPR Art. 35(7)), Markdown.")
+    ] = None,
+    record: Annotated[Path | None, typer.Option(help="Record of processing (GDPR Art. 30), Markdown.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Copy a run's adapter out as a plain PEFT folder, or merged into its base model."""
-    from cotune.shared.scoring import export_adapter
+    """Write a run's adapter as a plain PEFT folder, or merged; or its facts for those who ask for them."""
+    wanted = {name: path for name, path in (("registry", registry), ("dpia", dpia), ("record", record)) if path}
+    if not out and not wanted:
+        what = "expected what to export: --out, --registry, --dpia or --record"
+        raise JobError("E-EXPORT-WHAT", what, param="--out", hint="cotune export --help")
+    folder, said = find_run(run), dict[str, Any]()
+    if wanted:
+        said |= _write_facts(folder, wanted)
+    if out:
+        from cotune.shared.scoring import export_adapter
 
-    export_adapter(find_run(run), out, merge=merge)
-    what = "merged model" if merge else "adapter"
-    show({"folder": str(out), "merged": merge}, as_json=as_json, text=f"wrote the {what} to {out}")
+        export_adapter(folder, out, merge=merge)
+        said |= {"folder": str(out), "merged": merge}
+    lines = [f"wrote the {'merged model' if merge else 'adapter'} to {out}"] if out else []
+    lines += [f"wrote {path}" for path in wanted.values()]
+    show(said, as_json=as_json, text="\n".join(lines))
+
+
+def _write_facts(folder: RunFolder, wanted: Mapping[str, Path]) -> dict[str, str]:
+    """Write the texts that were asked for, all or none of them."""
+    from cotune.shared.exports.documents import document
+    from cotune.shared.exports.facts import read_facts
+    from cotune.shared.exports.registry import registry_yaml
+
+    facts = read_facts(folder)
+    makers: dict[str, Callable[[], str]] = {
+        "registry": lambda: registry_yaml(facts),
+        "dpia": lambda: document("dpia", facts),
+        "record": lambda: document("record", facts),
+    }
+    made = {name: makers[name]() for name in wanted}
+    for name, path in wanted.items():
+        write_atomic(path, made[name].encode())
+    return {name: str(path) for name, path in wanted.items()}

@@ -42,7 +42,7 @@ def _seen(job: Job) -> dict[str, str]:
     losses = ", and a noised training loss of each" if job.privacy.metrics == "noised" else ""
     own = ", and each site's own adapter" if job.rule.personal else ""
     return {
-        "coordinator": f"each site's noised update of every round{losses}; it chooses the adapter a round starts from",
+        "coordinator": f"each site's {words.update(job)} of every round{losses}; it chooses where a round starts",
         "another site": "the global adapter of every round, from which it can take its own update away",
         "colluding sites": "all sites but one, with the coordinator: what each of them sees, together",
         "reader of the released model": f"the last adapter, the checkpoints, the public figures of the run{own}",
@@ -56,7 +56,7 @@ def _notes(job: Job) -> dict[str, str]:
         if most == 1
         else f"the {most} costliest sites composed, for a {whose} at up to {most} of them"
     )
-    smaller = "it sees sums of sites, not each: a smaller epsilon may hold, none is claimed"
+    smaller = "where it sees sums of several sites only, a smaller epsilon may hold; none is claimed"
     return {
         "coordinator": f"holds whatever adapter it sends, as each site clips and adds noise by itself; {at}",
         "another site": f"{smaller}; what it holds of a {whose} itself, it knows; {at}",

@@ -99,7 +99,7 @@ def said_by(job: Job, guarantee: Mapping[str, Any] | None) -> dict[str, Any]:
         "releases": words.releases(job),
         "composition": words.composition(job),
         "mechanism": words.mechanism(job),
-        "threat_model": words.THREAT_MODEL,
+        "threat_model": words.threat_model(job, promised=guarantee is not None),
         "unprotected": words.unprotected(job),
     }
 
