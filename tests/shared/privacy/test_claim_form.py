@@ -109,7 +109,7 @@ def test_every_adversary_is_there_once_with_the_figures_of_single_updates() -> N
             assert each[name] == claim["guarantee"][name]
         assert "at two sites" in each["note"]
     notes = {each["who"]: each["note"] for each in claim["adversaries"]}
-    assert "a smaller epsilon may hold, none is claimed" in notes["reader of the released model"]
+    assert "a smaller epsilon may hold; none is claimed" in notes["reader of the released model"]
 
 
 def test_persons_at_several_sites_are_said_to_be_composed() -> None:

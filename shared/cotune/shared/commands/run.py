@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cotune.shared.cli import show
+from cotune.shared.cli import show, show_failed
 from cotune.shared.errors import JobError, RunFailed
 from cotune.shared.files import write_atomic
 from cotune.shared.finding import find_run
@@ -84,14 +84,12 @@ def _is_file(name: str) -> bool:
 def _show_checks(name: str, said: dict[str, Any], checks: Sequence[Check], as_json: bool) -> None:
     lines = [f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.detail}" for check in checks]
     failed = [check for check in checks if not check.passed]
-    if failed and not as_json:
-        typer.echo("\n".join(lines))
+    data, text = {**said, "checks": [check.to_dict() for check in checks]}, "\n".join(lines)
     if failed:
-        raise RunFailed(
-            "E-VERIFY", f"{name}: {len(failed)} of {len(checks)} checks failed: "
-            + "; ".join(f"{check.name}: {check.detail}" for check in failed),
-        )  # fmt: skip
-    show({**said, "checks": [check.to_dict() for check in checks]}, as_json=as_json, text="\n".join(lines))
+        what = "; ".join(f"{check.name}: {check.detail}" for check in failed)
+        error = RunFailed("E-VERIFY", f"{name}: {len(failed)} of {len(checks)} checks failed: {what}")
+        show_failed(error, data, as_json=as_json, text=text)
+    show(data, as_json=as_json, text=text)
 
 
 def export(
