@@ -21,9 +21,9 @@ import torch
 
 from clipping import RESULTS, machine
 from cotune.server.fleet import Request
-from cotune.shared.plan import LedgerRequest
+from cotune.shared.plan import ClaimRequest, LedgerRequest
 from cotune.shared.runs import RunFolder
-from cotune.shared.update import AdapterUpdate, Answer
+from cotune.shared.update import AdapterUpdate, Answer, SiteFailure
 from cotune.simulations.federation import InlineFleet
 from cotune.simulations.scenario import answer_plan, begin, prepare_run
 from studies import PLAIN, TASKS, plain_settings, write_study
@@ -55,6 +55,10 @@ class TimedFleet:
     def ledgers(self, requests: Sequence[LedgerRequest]) -> Iterator[tuple[str, bytes]]:
         """Each site's ledger."""
         return self._inline.ledgers(requests)
+
+    def countersign(self, requests: Sequence[ClaimRequest]) -> Iterator[tuple[str, str | SiteFailure]]:
+        """Each site's signature of the claim."""
+        return self._inline.countersign(requests)
 
 
 def plain_call(config: dict[str, Any], partition: int) -> dict[str, float]:

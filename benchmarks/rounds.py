@@ -16,10 +16,10 @@ from cotune.shared.chain import SignedHead, head_message
 from cotune.shared.codec import CodecName, encode
 from cotune.shared.job import Job
 from cotune.shared.jobfile import parse_job
-from cotune.shared.plan import LedgerRequest, RoundPlan, cotune_version
+from cotune.shared.plan import ClaimRequest, LedgerRequest, RoundPlan, cotune_version
 from cotune.shared.privacy.mechanism import mechanism_of
 from cotune.shared.signing import public_key_line, sign
-from cotune.shared.update import AdapterUpdate, Answer, UpdateHeader, payload_sha256
+from cotune.shared.update import AdapterUpdate, Answer, SiteFailure, UpdateHeader, payload_sha256
 from cotune.shared.wire import answer_from_records, answer_to_records
 
 
@@ -152,6 +152,10 @@ class Stored:
 
     def ledgers(self, requests: Sequence[LedgerRequest]) -> Iterator[tuple[str, bytes]]:
         """None: a round asks for none."""
+        return iter(())
+
+    def countersign(self, requests: Sequence[ClaimRequest]) -> Iterator[tuple[str, str | SiteFailure]]:
+        """None: nothing is published."""
         return iter(())
 
     def _answer(self, plan: RoundPlan) -> AdapterUpdate:

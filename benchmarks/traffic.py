@@ -36,8 +36,8 @@ from cotune.server.conduct import conduct
 from cotune.server.fleet import Request
 from cotune.shared.datasets import dataset_path
 from cotune.shared.files import read_lines, write_json
-from cotune.shared.plan import LedgerRequest
-from cotune.shared.update import Answer
+from cotune.shared.plan import ClaimRequest, LedgerRequest
+from cotune.shared.update import Answer, SiteFailure
 from cotune.shared.wire import (
     adapter_to_record,
     answer_from_records,
@@ -46,8 +46,9 @@ from cotune.shared.wire import (
     plan_from_records,
     plan_to_records,
     request_to_records,
+    signature_to_records,
 )
-from cotune.simulations.scenario import answer_plan, begin, prepare_run, read_ledger, site_names
+from cotune.simulations.scenario import answer_plan, begin, prepare_run, read_ledger, sign_claim, site_names
 
 JOB = "recipe:icd10-routing"
 TRAINED, SEEDS = Path(__file__).parent / "aggregation.toml", "1,2,3"
@@ -122,6 +123,13 @@ class Metered:
             ledger = read_ledger(request)
             self._count(request_to_records(request), ledger_to_records(ledger), MessageType.QUERY)
             yield request.site, ledger
+
+    def countersign(self, requests: Sequence[ClaimRequest]) -> Iterator[tuple[str, str | SiteFailure]]:
+        """Each site's signature of the claim."""
+        for request in requests:
+            signature = sign_claim(request)
+            self._count(request_to_records(request), signature_to_records(signature), MessageType.QUERY)
+            yield request.site, signature
 
     def _count(self, sent: RecordDict, given: RecordDict, kind: str) -> None:
         message = Message(sent, dst_node_id=1, message_type=kind)

@@ -22,7 +22,7 @@ from cotune.client.serving import alone, require_place
 from cotune.shared.bundle import bundle_sha256
 from cotune.shared.chain import read_chain, reserved
 from cotune.shared.errors import CotuneError, RefusedError, StorageError
-from cotune.shared.plan import LedgerRequest
+from cotune.shared.plan import ClaimRequest, LedgerRequest
 from cotune.shared.proposal import Proposal
 from cotune.shared.signing import verify
 from cotune.shared.update import AdapterUpdate, Answer, SiteFailure, payload_sha256
@@ -139,7 +139,7 @@ def _it_keeps_features_in_its_home_until_a_run_is_over(site: RealSite) -> None:
 
 
 def _it_says_what_a_frame_lacks(site: RealSite) -> None:
-    for method in ("Train", "Propose", "Ledger"):
+    for method in ("Train", "Propose", "Ledger", "Countersign"):
         for frame in (b"", b"\n", b"[]\n", b"{}\n", b"\xff\n", b'{"plan": 3}\n', b"[" * 100_000 + b"\n"):
             [said] = frames(site, method, frame)
             failure = read_answer(said)
@@ -151,6 +151,9 @@ def _it_gives_its_ledger_to_runs_it_took_part_in(site: RealSite) -> None:
     ledger = site.link().ledger(LedgerRequest(run_id="run-2", site=NAME))
     assert len(reserved(read_chain(ledger), run_id="run-2")) == 1
     assert not (site.home / "work" / "run-2").exists()
+    with pytest.raises(CotuneError) as caught:
+        site.link().countersign(ClaimRequest(run_id="run-2", site=NAME, claim="{}"))
+    assert (caught.value.code, caught.value.exit_code) == ("E-CLAIM-FORM", 6)
     for asked in (LedgerRequest(run_id="run-9", site=NAME), LedgerRequest(run_id="run-2", site="charite")):
         with pytest.raises(CotuneError) as caught:
             site.link().ledger(asked)

@@ -365,6 +365,24 @@ def test_the_log_is_shown_checked_and_written_as_csv(
     assert (data["proof"]["entries"], data["proof"]["chain"], data["entries"]) == (4, "valid", [])
 
 
+def test_the_exported_log_comes_as_a_table_too_in_which_no_text_is_a_formula(
+    told: Told, site: SiteHome, ask_job: Any, tmp_path: Path
+) -> None:
+    evil = '=HYPERLINK("http://evil.example","click")'
+    site.jobs.approve(ask_job(), by="admin")
+    site.jobs.deny(ask_job().sha256(), evil)
+    code, out, _ = told("log", "export", tmp_path / "ledger.json", "--csv", tmp_path / "log.csv", "--json")
+    assert code == 0
+    assert data_of(out)["csv"] == str(tmp_path / "log.csv")
+    with (tmp_path / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(site.ledger.entries)
+    assert rows[-1]["reason"] == f"'{evil}"
+    assert (rows[-1]["action"], rows[-1]["by"]) == ("job.denied", "admin")
+    assert json.loads(rows[-1]["fields"])["reason"] == evil
+    assert not any(cell.startswith(("=", "+", "-", "@")) for row in rows for cell in row.values())
+
+
 def test_an_edited_ledger_is_told_with_its_line(told: Told, site: SiteHome) -> None:
     path = site.path / "ledger.jsonl"
     path.write_bytes(path.read_bytes().replace(b'"dataset": "notes"', b'"dataset": "mates"'))

@@ -23,6 +23,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
+from cotune.client.courier import signed
 from cotune.server.checkpoint import Progress, load_checkpoint
 from cotune.server.conduct import conduct
 from cotune.server.coordinator import Coordinator, Outcome
@@ -36,7 +37,7 @@ from cotune.shared.job import Job
 from cotune.shared.keyfile import SigningKey
 from cotune.shared.methods import layout_of
 from cotune.shared.model import locate
-from cotune.shared.plan import LedgerRequest, RoundPlan
+from cotune.shared.plan import ClaimRequest, LedgerRequest, RoundPlan
 from cotune.shared.runs import RunFolder, create_run
 from cotune.shared.signing import public_key_line, sign
 from cotune.shared.update import AdapterUpdate, SiteFailure, UpdateHeader, payload_sha256
@@ -46,7 +47,7 @@ from cotune.shared.wire import (
     plan_from_records,
     query_from_records,
 )
-from cotune.simulations.scenario import answer_plan, begin
+from cotune.simulations.scenario import answer_plan, begin, sign_claim
 
 HOSTILE = "site-1"  # the first to answer
 NAMES = (HOSTILE, "site-2", "site-3", "site-4")
@@ -283,7 +284,9 @@ class Wires:
         attack = self._attack if plan.round >= self._federation.since else honest
         return lambda: attack(self._federation.scene(plan, update))
 
-    def _read(self, request: LedgerRequest) -> RecordDict:
+    def _read(self, request: LedgerRequest | ClaimRequest) -> RecordDict:
+        if isinstance(request, ClaimRequest):
+            return signed(request, sign_claim)
         ledger = self._federation.ledger(request.site)
         if request.site == HOSTILE and self._ledger is not None:
             return self._ledger(ledger, request.run_id)

@@ -20,9 +20,9 @@ from cotune.server.fleet import CRASHED, Request
 from cotune.server.grid import Exchange
 from cotune.shared.codec import encode
 from cotune.shared.errors import ConnectionFailed, RunFailed
-from cotune.shared.plan import LedgerRequest
+from cotune.shared.plan import ClaimRequest, LedgerRequest
 from cotune.shared.update import AdapterUpdate, Answer, SiteFailure
-from cotune.shared.wire import answer_to_records, ledger_to_records, plan_from_records
+from cotune.shared.wire import answer_to_records, ledger_to_records, plan_from_records, signature_to_records
 
 NODES = {"site-1": 101, "site-2": 102, "site-3": 103}
 PAYLOAD = encode(np.zeros(4, dtype=np.float32), "fp32", 0)
@@ -218,6 +218,28 @@ def test_ledgers_come_from_those_who_are_there() -> None:
     )
     requests = [LedgerRequest(run_id="run", site=site) for site in NODES]
     assert dict(fleet_of(nodes, seconds=0.3).ledgers(requests)) == {"site-1": b"101", "site-2": b"102"}
+
+
+def test_signatures_come_from_those_who_are_there_and_each_other_site_says_why_not() -> None:
+    def refuses(_records: RecordDict) -> RecordDict:
+        failure = SiteFailure(site="site-9", code="E-CLAIM-ENTRY", message="steps", exit_code=6)
+        return answer_to_records(failure)
+
+    nodes = Nodes({101: lambda _r: signature_to_records("signature"), 102: refuses}, lambda: [101, 102])
+    requests = [ClaimRequest(run_id="run", site=site, claim="{}") for site in NODES]
+    found = dict(fleet_of(nodes, seconds=0.3).countersign(requests))
+    assert found.pop("site-1") == "signature"
+    codes = {site: said.code for site, said in found.items() if isinstance(said, SiteFailure)}
+    assert codes == {"site-2": "E-CLAIM-ENTRY", "site-3": "E-TIMEOUT"}
+
+
+def test_a_revoked_site_is_not_asked_to_sign() -> None:
+    nodes = Nodes(dict.fromkeys(NODES.values(), lambda _r: signature_to_records("signature")))
+    fleet = fleet_of(nodes, lambda: {**dict.fromkeys(NODES, "approved"), "site-3": "revoked"})
+    requests = [ClaimRequest(run_id="run", site=site, claim="{}") for site in NODES]
+    said = dict(fleet.countersign(requests))["site-3"]
+    assert isinstance(said, SiteFailure) and said.code == "E-REVOKED"
+    assert 103 not in nodes.reached
 
 
 @pytest.mark.parametrize("fault", [httpx.ConnectError("gone"), httpx.ReadTimeout("slow")])

@@ -60,7 +60,7 @@ def test_the_claim_of_the_same_run_costs_exactly_what_the_plan_said(vector: dict
     job = resolve(job_of(vector, make_job))
     event = mechanism_of(job).event(job.train.local_steps).to_dict()
     ledger = [{"round": number, "event": event} for number in range(1, job.run.rounds + 1)]
-    claim = build_claim(job, {"site-1": ledger, "site-2": ledger}, ClaimSubject("run", {}, None, {}))
+    claim = build_claim(job, {"site-1": ledger, "site-2": ledger}, ClaimSubject("run", {}, None, {}, ("", ""), {}))
     assert claim["guarantee"]["epsilon"] == epsilon_by_round(job)[-1]
     assert claim["sites"][0]["steps"] == vector["steps"]
 

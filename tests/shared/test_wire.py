@@ -14,7 +14,7 @@ from cotune.shared.adapter import flat_sha256
 from cotune.shared.chain import SignedHead
 from cotune.shared.codec import encode
 from cotune.shared.errors import ConnectionFailed, RefusedError
-from cotune.shared.plan import LedgerRequest, RoundPlan, cotune_version
+from cotune.shared.plan import ClaimRequest, LedgerRequest, RoundPlan, cotune_version
 from cotune.shared.update import AdapterUpdate, SiteFailure, UpdateHeader, payload_sha256
 from cotune.shared.wire import (
     MAX_WORDS,
@@ -27,6 +27,8 @@ from cotune.shared.wire import (
     plan_to_records,
     query_from_records,
     request_to_records,
+    signature_from_records,
+    signature_to_records,
 )
 
 SITE = "site-1"
@@ -103,6 +105,19 @@ def test_a_ledger_is_asked_for_and_arrives_to_the_byte() -> None:
     assert ledger_from_records(RecordDict()) is None
     with pytest.raises(ConnectionFailed):
         query_from_records(ledger_to_records(ledger))
+
+
+def test_a_claim_is_put_before_a_site_and_its_signature_comes_back() -> None:
+    request = ClaimRequest(run_id="20260101-000000-aaaa-tiny", site=SITE, claim='{"a": "é\u2028"}\n')
+    assert query_from_records(request_to_records(request)) == request
+    assert signature_from_records(signature_to_records("-----BEGIN"), SITE) == "-----BEGIN"
+    refused = SiteFailure(site="site-9", code="E-CLAIM-ENTRY", message="no\x1b[2J", exit_code=6)
+    said = signature_from_records(answer_to_records(refused), SITE)
+    assert isinstance(said, SiteFailure)
+    assert (said.site, said.code, said.message.isprintable()) == (SITE, "E-CLAIM-ENTRY", True)
+    for records in (RecordDict(), ledger_to_records(b"x"), request_to_records(request)):
+        said = signature_from_records(records, SITE)
+        assert isinstance(said, SiteFailure) and said.code == "E-WIRE"
 
 
 def test_numbers_that_are_no_numbers_arrive_too_for_the_coordinator_to_refuse() -> None:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from cotune.client.answering import device_text, failure_of, own_records, warm_trainer
 from cotune.client.considering import consider
+from cotune.client.countersigning import countersign
 from cotune.client.data import SiteExamples, prepare
 from cotune.client.frames import MAX_FRAME, answer_frame, foreign, pack, read_plan, unpack
 from cotune.client.guard import Guard
@@ -41,7 +42,7 @@ from cotune.shared.errors import (
 )
 from cotune.shared.job import Job
 from cotune.shared.model import locate
-from cotune.shared.plan import LedgerRequest, RoundPlan, cotune_version
+from cotune.shared.plan import ClaimRequest, LedgerRequest, RoundPlan, cotune_version
 from cotune.shared.proposal import Proposal
 from cotune.shared.update import Answer, SiteFailure
 from cotune.shared.warm import loads, warm_network
@@ -67,8 +68,8 @@ class HomeRecords:
 class Agent:
     """What the socket's methods do.
 
-    Guarantee: an answer holds what `Site.train`, `consider` and `Guard` give away, or a failure in public words.
-    No text of an exception that cotune did not foresee gets out, or into the log.
+    Guarantee: an answer holds what `Site.train`, `consider`, `countersign` and `Guard` give away, or a failure in
+    public words. No text of an exception that cotune did not foresee gets out, or into the log.
 
     Edge cases: one request trains at a time, the next few wait, any more are refused by name (E-AGENT-BUSY); the
     other methods answer meanwhile. A request whose courier is gone is not begun; one that was begun is finished,
@@ -133,6 +134,10 @@ class Agent:
         content = (home.path / "ledger.jsonl").read_bytes()
         whole = content[: content.rfind(b"\n") + 1]  # another thread may be writing a line
         return pack({"ledger": asked.run_id}, np.frombuffer(whole, dtype=np.uint8))
+
+    def countersign(self, frame: bytes) -> bytes:
+        """Sign a run's claim, if this site's own ledger bears it out."""
+        return pack({"signature": countersign(SiteHome.open(self._path), _read(ClaimRequest, frame, "request"))})
 
     def describe(self, frame: bytes) -> bytes:
         """Who this is and what it does, without opening the home: always answered."""

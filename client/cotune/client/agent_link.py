@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from cotune.client.frames import MAX_FRAME, foreign, pack, plan_frame, read_answer, unpack
 from cotune.shared.codec import Payload
 from cotune.shared.errors import ConnectionFailed, CotuneError, TimedOut, ended
-from cotune.shared.plan import LedgerRequest, RoundPlan
+from cotune.shared.plan import ClaimRequest, LedgerRequest, RoundPlan
 from cotune.shared.proposal import JobStanding, Proposal
 from cotune.shared.update import Answer, SiteFailure
 
@@ -81,6 +81,15 @@ class AgentLink:
             CotuneError: As `propose`.
         """
         return self._answered("Ledger", {"request": request.model_dump(mode="json")})[1].tobytes()
+
+    def countersign(self, request: ClaimRequest) -> str:
+        """The site's signature of a claim.
+
+        Raises:
+            CotuneError: As `propose`.
+        """
+        header, _ = self._answered("Countersign", {"request": request.model_dump(mode="json")})
+        return str(header.get("signature"))
 
     def describe(self) -> dict[str, Any]:
         """Who the agent is, and what it does at the moment.

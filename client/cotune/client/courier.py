@@ -9,18 +9,25 @@ from flwr.clientapp import ClientApp
 
 from cotune.shared.codec import Payload
 from cotune.shared.errors import ConnectionFailed, CotuneError
-from cotune.shared.plan import LedgerRequest, RoundPlan
+from cotune.shared.plan import ClaimRequest, LedgerRequest, RoundPlan
 from cotune.shared.update import Answer, SiteFailure
-from cotune.shared.wire import answer_to_records, ledger_to_records, plan_from_records, query_from_records
+from cotune.shared.wire import (
+    answer_to_records,
+    ledger_to_records,
+    plan_from_records,
+    query_from_records,
+    signature_to_records,
+)
 
 Answerer = Callable[[RoundPlan, Payload], Answer]
 LedgerReader = Callable[[LedgerRequest], bytes]
+Signer = Callable[[ClaimRequest], str]
 
 
-def client_app(answer: Answerer, read_ledger: LedgerReader) -> ClientApp:
+def client_app(answer: Answerer, read_ledger: LedgerReader, sign_claim: Signer) -> ClientApp:
     """A ClientApp that hands every plan to `answer` and carries its answer back; raising means that there is none.
 
-    A request for the site's ledger goes to `read_ledger`.
+    A request for the site's ledger goes to `read_ledger`, one for its signature of a claim to `sign_claim`.
     """
     app = ClientApp()
 
@@ -31,11 +38,21 @@ def client_app(answer: Answerer, read_ledger: LedgerReader) -> ClientApp:
     @app.query()
     def query(message: Message, _context: Context) -> Message:  # pyright: ignore[reportUnusedFunction]
         asked = query_from_records(message.content)
+        if isinstance(asked, ClaimRequest):
+            return Message(signed(asked, sign_claim), reply_to=message)
         if not isinstance(asked, LedgerRequest):
-            raise ConnectionFailed("E-WIRE", "a simulated site is asked for its ledger alone")
+            raise ConnectionFailed("E-WIRE", "a simulated site is not asked whether it takes part")
         return Message(ledger_to_records(read_ledger(asked)), reply_to=message)
 
     return app
+
+
+def signed(request: ClaimRequest, sign_claim: Signer) -> RecordDict:
+    """The site's signature, or why it does not sign."""
+    try:
+        return signature_to_records(sign_claim(request))
+    except CotuneError as error:
+        return refused(error)
 
 
 def trained(records: RecordDict, answer: Answerer) -> RecordDict:

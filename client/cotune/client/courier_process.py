@@ -23,13 +23,14 @@ from flwr.app import RecordDict
 
 from cotune.client.agent_link import AgentLink
 from cotune.client.bounded_sending import SIZE
-from cotune.client.courier import refused, trained
+from cotune.client.courier import refused, signed, trained
 from cotune.client.courier_folder import CourierFolder
 from cotune.client.fleet_link import AWAY, CLOCK, REFUSED, TLS, FleetLink, Incoming, RunOver, read_incoming
 from cotune.client.mailbox import Mailbox
 from cotune.shared.bundle import require_bundle
 from cotune.shared.errors import ConnectionFailed, CotuneError, RefusedError, RunFailed, StorageError
 from cotune.shared.files import write_json
+from cotune.shared.plan import ClaimRequest
 from cotune.shared.proposal import Proposal
 from cotune.shared.wire import ledger_to_records, query_from_records, standing_to_records
 
@@ -159,6 +160,8 @@ class Courier:
         asked = query_from_records(records)
         if isinstance(asked, Proposal):
             return standing_to_records(self._agent.propose(asked))
+        if isinstance(asked, ClaimRequest):
+            return signed(asked, self._agent.countersign)
         return ledger_to_records(self._agent.ledger(asked))
 
     def _require_bundle(self, run_id: int) -> None:

@@ -44,8 +44,10 @@ class Methods(Protocol):
         ...
 
     def propose(self, frame: bytes) -> bytes:
-        """Answer with one; so do the next two."""
+        """Answer with one; so do the next three."""
         ...
+
+    def countersign(self, frame: bytes) -> bytes: ...  # noqa: D102
 
     def ledger(self, frame: bytes) -> bytes: ...  # noqa: D102
 
@@ -151,6 +153,7 @@ def _handlers(methods: Methods) -> grpc.GenericRpcHandler:
         "Train": grpc.unary_stream_rpc_method_handler(train),
         "Propose": once(methods.propose),
         "Ledger": once(methods.ledger),
+        "Countersign": once(methods.countersign),
         "Describe": once(methods.describe),
     }
     return grpc.method_handlers_generic_handler(SERVICE, named)

@@ -12,7 +12,8 @@ from cotune.server.coordinator import Coordinator
 from cotune.server.deployed import DeployedFleet
 from cotune.server.evaluation import GlobalEvaluator
 from cotune.server.fleet import Fleet
-from cotune.server.publish import note, publish
+from cotune.server.publish import Adapted, note, publish
+from cotune.server.signatories import Signatories
 from cotune.server.trust import ON_FIRST_USE, Trust
 from cotune.shared.errors import CotuneError, JobError, RunFailed
 from cotune.shared.methods import layout_of
@@ -75,9 +76,9 @@ def _rounds(run: RunFolder, fleet: Fleet, engine: str, kept: Path | None, trust:
     evaluator = GlobalEvaluator(job, kept)
     outcome = Coordinator(run, layout, config, evaluator, trust).run(fleet)
     if kept:
-        note(run, outcome, layout, base, engine)
+        note(run, outcome, Adapted(base, layout, config), engine)
     else:
-        publish(run, outcome, evaluator, layout, config, base, engine)
+        publish(run, outcome, evaluator, Adapted(base, layout, config), Signatories(run, fleet, trust), engine)
     shutil.rmtree(run.sites, ignore_errors=True)  # simulated sites end with their run, and so do their keys
 
 

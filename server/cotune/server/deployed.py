@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from cotune.server.fleet import CRASHED, Request
-from cotune.shared.plan import LedgerRequest
+from cotune.shared.plan import ClaimRequest, LedgerRequest
 from cotune.shared.proposal import JobStanding, Proposal
 from cotune.shared.update import Answer, SiteFailure
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 POLL_S = 0.5
 AGAIN_S = 120.0  # a courier whose call hangs on a dead line gives it up by then
 LEDGERS_S = 600.0
+SIGNATURES_S = 300.0
 NODES_AGE_S = 1.0
 
 
@@ -89,6 +90,11 @@ class DeployedFleet:
         """Ask sites for their ledgers; yield those that come within ten minutes."""
         deadline = self._deadlines.setdefault(0, time.monotonic() + min(self._timeout, LEDGERS_S))
         yield from self._exchange.ledgers(requests, deadline, self._place)
+
+    def countersign(self, requests: Sequence[ClaimRequest]) -> Iterator[tuple[str, str | SiteFailure]]:
+        """Ask sites to sign a claim; yield by site the signature, or why there is none within five minutes."""
+        deadline = time.monotonic() + min(self._timeout, SIGNATURES_S)
+        yield from self._exchange.signatures(requests, deadline, self._place)
 
     def propose(self, proposals: Sequence[Proposal], seconds: float) -> Iterator[JobStanding | SiteFailure]:
         """Put a job before sites; yield where it stands at each, or why that is not known within these seconds."""

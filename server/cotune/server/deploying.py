@@ -31,7 +31,7 @@ def run_deployed(run: RunFolder, grid: Grid) -> None:
         found = enrolled(home.path).get(site)
         return found.public_key if found else ""
 
-    trust = Trust(signature, key_of)
+    trust = Trust(signature, key_of, home.key)
     proposals = {
         site: Proposal(
             run_id=run.run_id,

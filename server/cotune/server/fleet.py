@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from cotune.shared.codec import Payload
-from cotune.shared.plan import LedgerRequest, RoundPlan
-from cotune.shared.update import Answer
+from cotune.shared.plan import ClaimRequest, LedgerRequest, RoundPlan
+from cotune.shared.update import Answer, SiteFailure
 
 CRASHED = "E-SITE-CRASH"  # whoever was to answer died before it did; asked again, a site gives the same bytes
 
@@ -35,4 +35,8 @@ class Fleet(Protocol):
 
     def ledgers(self, requests: Sequence[LedgerRequest]) -> Iterator[tuple[str, bytes]]:
         """Ask sites for their ledgers; yield those that come, by site."""
+        ...
+
+    def countersign(self, requests: Sequence[ClaimRequest]) -> Iterator[tuple[str, str | SiteFailure]]:
+        """Ask sites to sign a claim; yield by site the signature, or why there is none."""
         ...

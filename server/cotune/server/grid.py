@@ -18,7 +18,7 @@ from cotune.server.collecting import MAX_BARREN
 from cotune.server.conduct import LOST
 from cotune.server.fleet import CRASHED, Request
 from cotune.shared.errors import ConnectionFailed, TimedOut
-from cotune.shared.plan import LedgerRequest
+from cotune.shared.plan import ClaimRequest, LedgerRequest
 from cotune.shared.proposal import JobStanding, Proposal
 from cotune.shared.update import Answer, SiteFailure
 from cotune.shared.wire import (
@@ -28,6 +28,7 @@ from cotune.shared.wire import (
     plan_to_records,
     proposal_to_records,
     request_to_records,
+    signature_from_records,
     standing_from_records,
 )
 
@@ -85,16 +86,16 @@ class Exchange:
         self, requests: Sequence[LedgerRequest], deadline: float, place_of: PlaceOf
     ) -> Iterator[tuple[str, bytes]]:
         """The ledgers that come, those of crashed sites asked for again while that helps."""
-        left, barren = {request.site: request_to_records(request) for request in requests}, 0
-        while left and barren < MAX_BARREN:
-            crashed: dict[str, RecordDict] = {}
-            for site, reply in self._replies(left, MessageType.QUERY, deadline, place_of):
-                if isinstance(reply, SiteFailure):
-                    crashed |= {site: left[site]} if reply.code == CRASHED else {}
-                elif (ledger := ledger_from_records(reply)) is not None:
-                    yield site, ledger
-            barren = barren + 1 if len(crashed) == len(left) else 0
-            left = crashed
+        for site, reply in self._answered(requests, deadline, place_of):
+            if not isinstance(reply, SiteFailure) and (ledger := ledger_from_records(reply)) is not None:
+                yield site, ledger
+
+    def signatures(
+        self, requests: Sequence[ClaimRequest], deadline: float, place_of: PlaceOf
+    ) -> Iterator[tuple[str, str | SiteFailure]]:
+        """Each site's signature of a claim, or why there is none; crashed sites are asked again while that helps."""
+        for site, reply in self._answered(requests, deadline, place_of):
+            yield site, reply if isinstance(reply, SiteFailure) else signature_from_records(reply, site)
 
     def standings(
         self, proposals: Sequence[Proposal], deadline: float, place_of: PlaceOf
@@ -103,6 +104,24 @@ class Exchange:
         sent = {proposal.site: proposal_to_records(proposal) for proposal in proposals}
         for site, reply in self._replies(sent, MessageType.QUERY, deadline, place_of):
             yield reply if isinstance(reply, SiteFailure) else standing_from_records(reply, site)
+
+    def _answered(
+        self, requests: Sequence[LedgerRequest | ClaimRequest], deadline: float, place_of: PlaceOf
+    ) -> Iterator[tuple[str, Reply]]:
+        """One reply of each site to a query, those that crashed asked again while that helps."""
+        left, barren = {request.site: request_to_records(request) for request in requests}, 0
+        while left:
+            crashed: dict[str, SiteFailure] = {}
+            for site, reply in self._replies(left, MessageType.QUERY, deadline, place_of):
+                if isinstance(reply, SiteFailure) and reply.code == CRASHED:
+                    crashed[site] = reply
+                else:
+                    yield site, reply
+            barren = barren + 1 if len(crashed) == len(left) else 0
+            if barren == MAX_BARREN:
+                yield from crashed.items()
+                return
+            left = {site: left[site] for site in crashed}
 
     def _replies(
         self, sent: Mapping[str, RecordDict], kind: str, deadline: float, place_of: PlaceOf
@@ -208,6 +227,11 @@ class GridFleet:
         """Ask sites for their ledgers, again while that helps those that crashed; yield those that come."""
         places = self._places([request.site for request in requests])
         yield from self._exchange.ledgers(requests, time.monotonic() + self._timeout, places)
+
+    def countersign(self, requests: Sequence[ClaimRequest]) -> Iterator[tuple[str, str | SiteFailure]]:
+        """Ask sites to sign a claim; yield by site the signature, or why there is none."""
+        places = self._places([request.site for request in requests])
+        yield from self._exchange.signatures(requests, time.monotonic() + self._timeout, places)
 
     def _places(self, sites: Sequence[str]) -> PlaceOf:
         deadline = time.monotonic() + NODE_TIMEOUT_S

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cotune.server.coordinator import Outcome
 from cotune.server.evaluation import RELOAD_ROWS, GlobalEvaluator
 from cotune.server.personal import summary_of
+from cotune.server.signatories import Signatories
 from cotune.shared.adapter import Layout, fingerprint
 from cotune.shared.aggregation import what_is_trained
 from cotune.shared.errors import RunFailed
@@ -22,7 +24,7 @@ from cotune.shared.job import Job
 from cotune.shared.methods import save
 from cotune.shared.model import BaseModel
 from cotune.shared.privacy.claim import ClaimSubject, build_claim, charged, site_costs, statement_text
-from cotune.shared.report.card import model_card
+from cotune.shared.report.card import personal_folders, write_cards
 from cotune.shared.report.page import write_report
 from cotune.shared.runs import RunFolder
 
@@ -33,47 +35,61 @@ RELATIVE_TOLERANCE = 1e-3
 RELOAD_TIMEOUT_S = 900
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """The base model, and how the adapter lies on it.
+
+    Attributes:
+        base: The base.
+        layout: The adapter's arrays.
+        config: PEFT's configuration of it.
+    """
+
+    base: BaseModel
+    layout: Layout
+    config: Mapping[str, Any]
+
+
 def publish(
     run: RunFolder,
     outcome: Outcome,
     evaluator: GlobalEvaluator,
-    layout: Layout,
-    config: Mapping[str, Any],
-    base: BaseModel,
+    adapted: Adapted,
+    signatories: Signatories,
     engine: str,
 ) -> None:
-    """Save the result and everything that is said of it.
+    """Save the result and everything that is said of it, signed.
 
     Raises:
         RunFailed: The saved adapter does not give the loss it was saved with; nothing is published.
     """
     job = run.job()
     run.emit("publish", "saving the adapter and loading it in a fresh process")
-    save(run.adapter, outcome.arrays, folded_config(config, outcome.arrays), f"# {run.run_id}\n")
+    save(run.adapter, outcome.arrays, folded_config(adapted.config, outcome.arrays), f"# {run.run_id}\n")
     reload_check = _reload(run, evaluator.score(outcome.arrays, RELOAD_ROWS).loss)
     accounts = _accounts(run)
     heads = json.loads((run.privacy / "heads.json").read_text(encoding="utf-8"))
-    personal = sorted(run.personal.iterdir()) if job.rule.personal else []
-    released = [path for folder in (run.adapter, *personal) for path in folder.iterdir() if path.name != "README.md"]
+    folders = (run.adapter, *personal_folders(run))
+    released = [path for folder in folders for path in folder.iterdir() if path.name != "README.md"]
     files = {str(path.relative_to(run.path)): file_sha256(path) for path in released}
-    claim = build_claim(job, accounts, ClaimSubject(run.run_id, files, reload_check, heads))
-    write_json(run.privacy / "claim.json", claim)
+    base, coordinator = (adapted.base.name, adapted.base.sha256), signatories.coordinator()
+    claim = build_claim(job, accounts, ClaimSubject(run.run_id, files, reload_check, heads, base, coordinator))
+    run.emit("publish", "the sites sign the privacy claim")
+    signatories.sign(claim)
     write_atomic(run.privacy / "statement.txt", statement_text(claim).encode())
-    summary = _summary(run, outcome, claim["sites"], layout, base, engine)
+    summary = _summary(run, outcome, claim["sites"], adapted, engine)
     write_json(run.path / "summary.json", {**summary, "reload": reload_check})
-    write_atomic(run.adapter / "README.md", model_card(run).encode())
-    for folder in personal:
-        write_atomic(folder / "README.md", model_card(run, folder.name).encode())
+    write_cards(run)
     run.write_metrics_csv()
     run.set_state("succeeded", int(summary["rounds"]))
     write_report(run)
     run.write_manifest()
 
 
-def note(run: RunFolder, outcome: Outcome, layout: Layout, base: BaseModel, engine: str) -> None:
+def note(run: RunFolder, outcome: Outcome, adapted: Adapted, engine: str) -> None:
     """Write down a run's figures alone: it is one of many that are compared, and nothing of it is released."""
     sites = site_costs(run.job(), _accounts(run))
-    write_json(run.path / "summary.json", _summary(run, outcome, sites, layout, base, engine))
+    write_json(run.path / "summary.json", _summary(run, outcome, sites, adapted, engine))
     run.write_metrics_csv()
     run.set_state("succeeded", run.job().run.rounds)
     run.write_manifest()
@@ -114,9 +130,9 @@ def _reload(run: RunFolder, loss: float) -> dict[str, float]:
 
 
 def _summary(
-    run: RunFolder, outcome: Outcome, sites: Sequence[dict[str, Any]], layout: Layout, base: BaseModel, engine: str
+    run: RunFolder, outcome: Outcome, sites: Sequence[dict[str, Any]], adapted: Adapted, engine: str
 ) -> dict[str, Any]:
-    job: Job = run.job()
+    job, base = run.job(), adapted.base
     taken = {(row["site"], row["round"]) for row in run.metrics() if row.get("site")}
     rounds = Counter(site for site, _ in taken)
     totals = [sum(pair[i] for pair in outcome.traffic.values()) for i in (0, 1)]
@@ -130,7 +146,7 @@ def _summary(
         "non_private": not job.is_private,
         "model": {"base": base.name, "sha256": base.sha256, "dequantised": base.dequantised},
         "adapter": {
-            "parameters": layout.size,
+            "parameters": adapted.layout.size,
             "trained": _trained(job),
             "sha256": fingerprint(outcome.arrays),
         },

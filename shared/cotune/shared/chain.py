@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -25,10 +26,11 @@ from cotune.shared.signing import verify
 Action = Literal[
     "site.init", "policy.change", "data.register", "data.change", "federation.join", "federation.leave",
     "job.received", "job.approved", "job.denied", "job.refused",
-    "budget.reserve", "budget.commit", "ledger.repair",
+    "budget.reserve", "budget.commit", "claim.signed", "ledger.repair",
 ]  # fmt: skip
 PublicKey = Annotated[str, StringConstraints(pattern=r"^ssh-ed25519 [A-Za-z0-9+/]{68}$")]
 WITNESSES = 3  # other sites that hold a site's newest head
+MAX_LINE = 1_000_000  # bytes
 BEFORE_THE_FIRST = "0" * 64
 ACTIONS = frozenset(get_args(Action))
 RESTORE = (
@@ -139,15 +141,33 @@ def read_chain(content: bytes, after: Entry | None = None) -> list[Entry]:
     Raises:
         StorageError: A line is not what its chain says (E-LEDGER-CHAIN); the line is named.
     """
-    entries: list[Entry] = []
     lines = content.split(b"\n")
     torn = lines.pop()
+    entries = list(walk_chain(lines, after))
+    if torn:
+        raise _broken((entries[-1].seq if entries else after.seq if after else 0) + 1, "it has no end")
+    return entries
+
+
+def walk_chain(lines: Iterable[bytes], after: Entry | None = None) -> Iterator[Entry]:
+    """As `read_chain`, one entry at a time, of lines without their newlines; it holds no more than one."""
     for line in lines:
         after = _read_line(line, after)
-        entries.append(after)
-    if torn:
-        raise _broken((after.seq if after else 0) + 1, "it has no end")
-    return entries
+        yield after
+
+
+def ledger_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a ledger's file, one at a time.
+
+    Raises:
+        StorageError: A line has no end, or is longer than any a site writes (E-LEDGER-CHAIN).
+        OSError: The file cannot be read.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(partial(file.readline, MAX_LINE), b""), 1):
+            if not line.endswith(b"\n"):
+                raise _broken(number, "it has no end, or is longer than any a site writes")
+            yield line[:-1]
 
 
 def _read_line(line: bytes, last: Entry | None) -> Entry:

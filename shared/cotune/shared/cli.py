@@ -47,7 +47,7 @@ COMMANDS: dict[str, Entry] = {
     "eval": Entry("cotune.shared.commands.run:evaluate", "Score a run or adapter on any JSONL."),
     "report": Entry("cotune.shared.commands.run:report", "Write a run's report: one self-contained page."),
     "verify": Entry("cotune.shared.commands.run:verify", "Check a run: files, adapter, epsilon recomputed."),
-    "export": Entry("cotune.shared.commands.run:export", "Copy a run's adapter out, or merge it into the base."),
+    "export": Entry("cotune.shared.commands.run:export", "Write a run's adapter, or its facts for authorities."),
 }
 
 

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from cotune.shared.chain import (
-    Entry,
-    PublicKey,
-    SignedHead,
-    read_chain,
-    require_agreement,
-    require_own,
-    reserved,
-)
-from cotune.shared.errors import CotuneError, JobError, RunFailed
+from cotune.shared.chain import PublicKey, SignedHead, require_own, reserved, walk_chain
+from cotune.shared.checking.checks import Check, require, run_checks
+from cotune.shared.checking.ledgers import PRV_ERROR
+from cotune.shared.errors import JobError
 from cotune.shared.invitation import Sign, Signature
 from cotune.shared.privacy.accounting import epsilon
+from cotune.shared.privacy.claim import DIGITS
 from cotune.shared.privacy.crosscheck import epsilon_by_prv
 from cotune.shared.privacy.event import Event
 from cotune.shared.sections import Section, SiteName, Unit
 from cotune.shared.signing import key_fingerprint, verify
-from cotune.shared.verification import EPSILON_TOLERANCE, PRV_ERROR, Check
 
 MAX_BYTES = 256_000_000
 Positive = Annotated[float, Field(gt=0)]
@@ -120,94 +116,106 @@ def verify_exported(exported: ExportedLedger) -> list[Check]:
     Edge cases: whether the key is the site's, only who knows its fingerprint can tell; a ledger that was cut off
     before it was signed anew by its own site is caught only by whoever holds a later head.
     """
-    checks: dict[str, Callable[[ExportedLedger], str]] = {
-        "signature": _signature,
-        "chain": _chain,
-        "head": _head,
-        "key": _key,
-        "charges": _charges,
-        "epsilon": _epsilon,
-        "second accountant": _second,
-        "budgets": _budgets,
-    }
-    return [_make(name, check, exported) for name, check in checks.items()]
+    return run_checks(CHECKS, _Opened(exported))
 
 
-def _make(name: str, check: Callable[[ExportedLedger], str], exported: ExportedLedger) -> Check:
-    try:
-        return Check(name, True, check(exported))
-    except CotuneError as error:
-        return Check(name, False, error.message)
-    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
-        return Check(name, False, f"cannot be checked ({type(error).__name__})")
+class _Lines:
+    """What one pass over the lines has found, each held against the one before; memory grows with charges alone."""
+
+    def __init__(self, exported: ExportedLedger) -> None:
+        self.count, self.first, self.at_head = 0, dict[str, Any](), ""
+        self.charges: list[tuple[str, str, Event]] = []  # data set, run, what was released
+        for entry in walk_chain(_lines_of(exported.ledger)):
+            self.count = entry.seq
+            self.first = self.first or entry.fields
+            if entry.seq == exported.head.seq:
+                self.at_head = entry.sha256
+            if entry.action == "budget.reserve":
+                self.charges += [(e.fields["dataset"], e.fields["run_id"], event) for e, event in reserved([entry])]
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise RunFailed("E-VERIFY", message)
+def _lines_of(ledger: str) -> Iterator[bytes]:
+    start = 0
+    while start < len(ledger):
+        end = ledger.find("\n", start)
+        require(end >= 0, "the ledger's last line has no end")
+        yield ledger[start:end].encode()
+        start = end + 1
 
 
-def _signature(exported: ExportedLedger) -> str:
-    genuine = verify(exported.public_key, "cotune-ledger", exported.message(), exported.signature)
-    _require(genuine, "a part of the file was changed after the site signed it")
-    return f"the whole file is signed by {key_fingerprint(exported.public_key)}"
+class _Opened:
+    """An exported ledger under examination; its lines are read once."""
+
+    def __init__(self, exported: ExportedLedger) -> None:
+        self.file = exported
+
+    @cached_property
+    def lines(self) -> _Lines:
+        return _Lines(self.file)
 
 
-def _chain(exported: ExportedLedger) -> str:
-    entries = _entries(exported)
-    _require(bool(entries), "the ledger has no line")
-    return f"{len(entries)} lines, each names the one before it"
+def _signature(opened: _Opened) -> str:
+    file = opened.file
+    genuine = verify(file.public_key, "cotune-ledger", file.message(), file.signature)
+    require(genuine, "a part of the file was changed after the site signed it")
+    return f"the whole file is signed by {key_fingerprint(file.public_key)}"
 
 
-def _head(exported: ExportedLedger) -> str:
-    entries = _entries(exported)
-    require_own(exported.head, exported.site, exported.public_key)
-    require_agreement(exported.head, entries)
-    _require(exported.head.seq == len(entries), f"line {exported.head.seq + 1} and later are not under the signed head")
-    return f"line {exported.head.seq} is the one {exported.site} signed"
+def _chain(opened: _Opened) -> str:
+    require(opened.lines.count > 0, "the ledger has no line")
+    return f"{opened.lines.count:,} lines, each names the one before it"
 
 
-def _key(exported: ExportedLedger) -> str:
-    first = _entries(exported)[0].fields
+def _head(opened: _Opened) -> str:
+    head, lines = opened.file.head, opened.lines
+    require_own(head, opened.file.site, opened.file.public_key)
+    require(head.seq <= lines.count, f"the ledger ends at line {lines.count}, before line {head.seq}, which was signed")
+    require(lines.at_head == head.sha256, f"ledger line {head.seq} is not the one {head.site} signed")
+    require(head.seq == lines.count, f"line {head.seq + 1} and later are not under the signed head")
+    return f"line {head.seq} is the one {head.site} signed"
+
+
+def _key(opened: _Opened) -> str:
+    first, file = opened.lines.first, opened.file
     said = (first["site"], first["public_key"], first["simulated"])
-    _require(said == (exported.site, exported.public_key, exported.simulated), "the ledger began with another key")
-    return f"the key the ledger began with, {key_fingerprint(exported.public_key)}"
+    require(said == (file.site, file.public_key, file.simulated), "the ledger began with another key")
+    return f"the key the ledger began with, {key_fingerprint(file.public_key)}"
 
 
-def _charges(exported: ExportedLedger) -> str:
-    named = {each.dataset for each in exported.spending}
-    _require(len(named) == len(exported.spending), "a data set is named twice")
-    unnamed: dict[str, int] = {}
-    entries = reserved(_entries(exported))
-    for entry, _ in entries:
-        if entry.fields["dataset"] not in named:
-            unnamed[entry.fields["dataset"]] = unnamed.get(entry.fields["dataset"], 0) + 1
+def _charges(opened: _Opened) -> str:
+    spending = opened.file.spending
+    named = {each.dataset for each in spending}
+    require(len(named) == len(spending), "a data set is named twice")
+    charges = opened.lines.charges
+    unnamed = Counter(dataset for dataset, _, _ in charges if dataset not in named)
     gone = "; ".join(f"{name!a}, which the policy no longer names: {count}" for name, count in unnamed.items())
-    return f"{len(entries)} rounds charged to {len(named)} data sets" + (f"; {gone}" if gone else "")
+    return f"{len(charges)} rounds charged to {len(named)} data sets" + (f"; {gone}" if gone else "")
 
 
-def _epsilon(exported: ExportedLedger) -> str:
-    for what, said, events, delta in _stated(exported):
+def _epsilon(opened: _Opened) -> str:
+    for what, said, events, delta in _stated(opened):
         found = epsilon(events, delta)
-        same = math.isclose(found, said, rel_tol=EPSILON_TOLERANCE, abs_tol=EPSILON_TOLERANCE)
-        _require(same, f"{what}: {found:.4f} by dp-accounting PLD, the file says {said:.4f}")
-    return _figures(exported, "recomputed by dp-accounting PLD")
+        same = math.isclose(found, said, rel_tol=DIGITS, abs_tol=DIGITS)
+        require(same, f"{what}: {found:.4f} by dp-accounting PLD, the file says {said:.4f}")
+    figures = "; ".join(f"{each.dataset} {_cost(each.epsilon_spent):.4f}" for each in opened.file.spending)
+    return f"{figures} recomputed by dp-accounting PLD"
 
 
-def _second(exported: ExportedLedger) -> str:
-    for what, said, events, delta in _stated(exported):
+def _second(opened: _Opened) -> str:
+    for what, said, events, delta in _stated(opened):
         found = epsilon_by_prv(events, delta)
-        _require(found <= said + PRV_ERROR, f"{what}: {found:.4f} by Opacus PRV, the file says {said:.4f}")
+        require(found <= said + PRV_ERROR, f"{what}: {found:.4f} by Opacus PRV, the file says {said:.4f}")
     return f"Opacus PRV gives no more than stated, but for {PRV_ERROR}"
 
 
-def _stated(exported: ExportedLedger) -> Iterator[tuple[str, float, list[Event], float]]:
+def _stated(opened: _Opened) -> Iterator[tuple[str, float, list[Event], float]]:
     """Every epsilon the file states: of what, the figure, the events it is to be of, and its delta."""
-    for stated in exported.spending:
+    for stated in opened.file.spending:
         runs: dict[str, list[Event]] = {}
-        for entry, event in reserved(_entries(exported), dataset=stated.dataset):
-            runs.setdefault(entry.fields["run_id"], []).append(event)
-        _require(runs.keys() == stated.runs.keys(), f"{stated.dataset}: the ledger has other runs than the file states")
+        for dataset, run, event in opened.lines.charges:
+            if dataset == stated.dataset:
+                runs.setdefault(run, []).append(event)
+        require(runs.keys() == stated.runs.keys(), f"{stated.dataset}: the ledger has other runs than the file states")
         yield stated.dataset, _cost(stated.epsilon_spent), [e for events in runs.values() for e in events], stated.delta
         for run, events in runs.items():
             yield f"{stated.dataset} run {run}", _cost(stated.runs[run]), events, stated.delta
@@ -217,22 +225,23 @@ def _cost(stated: float | None) -> float:
     return math.inf if stated is None else stated
 
 
-def _figures(exported: ExportedLedger, how: str) -> str:
-    return "; ".join(f"{each.dataset} {_cost(each.epsilon_spent):.4f}" for each in exported.spending) + f" {how}"
-
-
-def _budgets(exported: ExportedLedger) -> str:
-    over = [
-        each.dataset
-        for each in exported.spending
-        if not exported.simulated and _cost(each.epsilon_spent) > each.epsilon_total
-    ]
-    _require(not over, f"spent beyond its budget: {', '.join(over)}")
+def _budgets(opened: _Opened) -> str:
+    file = opened.file
+    over = [each.dataset for each in file.spending if _cost(each.epsilon_spent) > each.epsilon_total]
+    require(file.simulated or not over, f"spent beyond its budget: {', '.join(over)}")
     return "nothing was spent beyond a budget"
 
 
-def _entries(exported: ExportedLedger) -> list[Entry]:
-    return read_chain(exported.ledger.encode())
+CHECKS: dict[str, Callable[[_Opened], str]] = {
+    "signature": _signature,
+    "chain": _chain,
+    "head": _head,
+    "key": _key,
+    "charges": _charges,
+    "epsilon": _epsilon,
+    "second accountant": _second,
+    "budgets": _budgets,
+}
 
 
 def said_of(exported: ExportedLedger) -> dict[str, Any]:

@@ -58,6 +58,25 @@ class RoundPlan(BaseModel):
     signature: str | None = Field(default=None, max_length=2000)
 
 
+MAX_CLAIM = 8_000_000  # characters: a claim of some thousand sites
+
+
+class ClaimRequest(BaseModel):
+    """A request, at the end of a run, to sign its claim.
+
+    Attributes:
+        run_id: The run.
+        site: Who is asked.
+        claim: claim.json, exactly as it is; what is signed are these bytes.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run_id: RunId
+    site: SiteName
+    claim: str = Field(max_length=MAX_CLAIM)
+
+
 class LedgerRequest(BaseModel):
     """A request, at the end of a run, for a site's ledger: the proof of what the run cost there."""
 

@@ -6,6 +6,7 @@ checkpoints/round-00005/   the two newest, each a plain PEFT folder
 adapter/                   the result, a plain PEFT folder with a filled model card
 personal/SITE/             such a folder for each site, by rules that give each an adapter of its own
 privacy/                   claim.json accountant.json heads.json statement.txt ledgers/SITE.jsonl
+                           claim.schema.json allowed_signers signatures/NAME.sig
 sites/                     homes of simulated sites, until the run has ended
 inputs/SHA256.jsonl        a deployed run's public rows, which its job names by their hash
 report/index.html          env/hardware.json env/lock.txt

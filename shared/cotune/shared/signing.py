@@ -14,8 +14,9 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 Namespace = Literal[
-    "cotune-head", "cotune-invite", "cotune-job", "cotune-ledger", "cotune-request", "cotune-standing", "cotune-update"
-]
+    "cotune-claim", "cotune-head", "cotune-invite", "cotune-job", "cotune-ledger", "cotune-request", "cotune-standing",
+    "cotune-update",
+]  # fmt: skip
 
 _MAGIC = b"SSHSIG"
 _KEY_TYPE = b"ssh-ed25519"

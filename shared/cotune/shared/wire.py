@@ -10,7 +10,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from cotune.shared.errors import ConnectionFailed, RefusedError
-from cotune.shared.plan import LedgerRequest, RoundPlan, cotune_version
+from cotune.shared.plan import ClaimRequest, LedgerRequest, RoundPlan, cotune_version
 from cotune.shared.proposal import JobStanding, Proposal
 from cotune.shared.update import AdapterUpdate, Answer, Payload, SiteFailure, UpdateHeader
 
@@ -71,9 +71,10 @@ def answer_from_records(records: RecordDict, site: str) -> Answer:
     return SiteFailure(site=site, code="E-WIRE", message=fault)
 
 
-def request_to_records(request: LedgerRequest) -> RecordDict:
-    """A request for a site's ledger, to be sent."""
-    return _pack("ledger-request", request.model_dump_json(), None)
+def request_to_records(request: LedgerRequest | ClaimRequest) -> RecordDict:
+    """A request for a site's ledger, or for its signature of a claim, to be sent."""
+    kind = "ledger-request" if isinstance(request, LedgerRequest) else "claim-request"
+    return _pack(kind, request.model_dump_json(), None)
 
 
 def proposal_to_records(proposal: Proposal) -> RecordDict:
@@ -81,7 +82,7 @@ def proposal_to_records(proposal: Proposal) -> RecordDict:
     return _pack("proposal", proposal.model_dump_json(by_alias=True), None)
 
 
-def query_from_records(records: RecordDict) -> LedgerRequest | Proposal:
+def query_from_records(records: RecordDict) -> LedgerRequest | ClaimRequest | Proposal:
     """Read what a site is asked beside training.
 
     Raises:
@@ -92,6 +93,8 @@ def query_from_records(records: RecordDict) -> LedgerRequest | Proposal:
     try:
         if kind == "ledger-request":
             return LedgerRequest.model_validate_json(header)
+        if kind == "claim-request":
+            return ClaimRequest.model_validate_json(header)
         if kind != "proposal":
             raise ValueError(kind)
         _require_version(header, "proposal")
@@ -132,6 +135,24 @@ def ledger_from_records(records: RecordDict) -> bytes | None:
         return ledger.encode() if kind == "ledger" and isinstance(ledger, str) else None
     except (ValueError, ConnectionFailed):
         return None
+
+
+def signature_to_records(signature: str) -> RecordDict:
+    """A site's signature of a claim, to be sent."""
+    return _pack("claim-signature", json.dumps(signature), None)
+
+
+def signature_from_records(records: RecordDict, site: str) -> str | SiteFailure:
+    """Read a site's signature, of which nothing is known yet; anything else becomes that site's failure."""
+    with contextlib.suppress(ValueError, ConnectionFailed):
+        kind, text, _ = _unpack(records, MAX_ANSWER)
+        signature = json.loads(text)
+        if kind == "claim-signature" and isinstance(signature, str):
+            return signature
+    answer = answer_from_records(records, site)
+    if isinstance(answer, SiteFailure) and answer.code != "E-WIRE":
+        return answer
+    return SiteFailure(site=site, code="E-WIRE", message="the answer is no signature of the claim")
 
 
 def _require_version(header: str, what: str) -> None:

@@ -48,10 +48,10 @@ class Apps:
     def client(self) -> object:
         """The courier of every simulated site: a ClientApp."""
         from cotune.client.courier import client_app
-        from cotune.simulations.scenario import read_ledger
+        from cotune.simulations.scenario import read_ledger, sign_claim
         from cotune.simulations.worker import answer
 
-        return client_app(answer, read_ledger)
+        return client_app(answer, read_ledger, sign_claim)
 
 
 def _sites(job: Job) -> list[str]:

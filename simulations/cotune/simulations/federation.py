@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from cotune.client.answering import failure_of
 from cotune.server.conduct import conduct
 from cotune.server.fleet import Request
-from cotune.shared.plan import LedgerRequest
+from cotune.shared.errors import CotuneError
+from cotune.shared.plan import ClaimRequest, LedgerRequest
 from cotune.shared.runs import RunFolder
-from cotune.shared.update import Answer
-from cotune.simulations.scenario import answer_plan, begin, read_ledger, site_names
+from cotune.shared.update import Answer, SiteFailure
+from cotune.simulations.scenario import answer_plan, begin, read_ledger, sign_claim, site_names
 
 
 class InlineFleet:
@@ -32,6 +34,14 @@ class InlineFleet:
         """Each site's ledger."""
         for request in requests:
             yield request.site, read_ledger(request)
+
+    def countersign(self, requests: Sequence[ClaimRequest]) -> Iterator[tuple[str, str | SiteFailure]]:
+        """Each site's signature of the claim, or why it does not sign."""
+        for request in requests:
+            try:
+                yield request.site, sign_claim(request)
+            except CotuneError as error:
+                yield request.site, failure_of(request.site, error)
 
 
 def run_inline(run: RunFolder, kept: Path | None = None) -> None:

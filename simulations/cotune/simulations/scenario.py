@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from cotune.client.answering import failure_of, own_dataset, own_records, warm_trainer
+from cotune.client.countersigning import countersign
 from cotune.client.data import SiteExamples, prepare
 from cotune.client.guard import Guard
 from cotune.client.home import SiteHome
@@ -25,7 +26,7 @@ from cotune.shared.job import Job
 from cotune.shared.jobfile import load_job
 from cotune.shared.model import locate
 from cotune.shared.packages import cache_dir
-from cotune.shared.plan import LedgerRequest, RoundPlan
+from cotune.shared.plan import ClaimRequest, LedgerRequest, RoundPlan
 from cotune.shared.planning import make_plan, resolve
 from cotune.shared.records import Record, read_records
 from cotune.shared.runs import RunFolder, create_run
@@ -211,6 +212,14 @@ def answer_plan(plan: RoundPlan, adapter: Payload) -> Answer:
 
 def read_ledger(request: LedgerRequest) -> bytes:
     """A simulated site's ledger; a `courier.LedgerReader`."""
-    run = _begun(request.run_id)
-    folder = _own_home(run.job(), request.site) or run.sites / request.site
-    return (folder / "ledger.jsonl").read_bytes()
+    return (_home_folder(request.run_id, request.site) / "ledger.jsonl").read_bytes()
+
+
+def sign_claim(request: ClaimRequest) -> str:
+    """A simulated site's signature of a claim; a `courier.Signer`. Raises as `countersign` does."""
+    return countersign(SiteHome.open(_home_folder(request.run_id, request.site)), request)
+
+
+def _home_folder(run_id: str, site: str) -> Path:
+    run = _begun(run_id)
+    return _own_home(run.job(), site) or run.sites / site

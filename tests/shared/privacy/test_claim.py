@@ -26,6 +26,8 @@ SUBJECT = ClaimSubject(
     {"adapter_model.safetensors": "a" * 64},
     {"loss_saved": 1.5, "loss_reloaded": 1.5},
     {"site-1": HEAD},
+    ("tiny", "c" * 64),
+    {"public_key": "ssh-ed25519 " + "A" * 68, "simulated": True},
 )
 DATA = {"train": "nowhere.jsonl", "records_per_site": 30}
 QUIET = {"epsilon": 1.2, "noise_multiplier": 6.0}  # quick to account
@@ -160,6 +162,7 @@ def test_the_claim_is_plain_json_without_nan_and_carries_its_subject(job: Job) -
     claim = claim_of_two_sites()
     assert json.loads(json.dumps(claim, allow_nan=False)) == claim
     assert claim["subject"] == [{"name": "adapter_model.safetensors", "sha256": "a" * 64}]
+    assert claim["model"] == {"base": "tiny", "base_sha256": "c" * 64, "adapter_sha256": None}
     assert claim["evidence"]["reload_check"] == {"loss_saved": 1.5, "loss_reloaded": 1.5}
     assert claim["job_sha256"] == job.sha256()
     assert claim["unit"]["definition"].endswith("32 tokens")

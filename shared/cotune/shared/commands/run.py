@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cotune.shared.cli import show
-from cotune.shared.errors import RunFailed
+from cotune.shared.cli import show, show_failed
+from cotune.shared.errors import JobError, RunFailed
+from cotune.shared.files import write_atomic
 from cotune.shared.finding import find_run
 
 if TYPE_CHECKING:
-    from cotune.shared.verification import Check
+    from cotune.shared.checking.checks import Check
+    from cotune.shared.runs import RunFolder
 
 Reference = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, id, unique prefix, or `latest`.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON envelope.")]
@@ -51,6 +53,9 @@ def verify(
     run: Annotated[
         str, typer.Argument(metavar="RUN|FILE", help="A run, or a file written by `cotune site log export`.")
     ] = "latest",
+    signers: Annotated[
+        Path | None, typer.Option(help="allowed_signers file you got elsewhere: only its keys may have signed.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Check a run or an exported ledger without trusting its figures: hashes, signatures, epsilon from events."""
@@ -60,10 +65,13 @@ def verify(
         exported = read_exported(Path(run))
         _show_checks(exported.site, said_of(exported), verify_exported(exported), as_json)
         return
+    from cotune.shared.checking.checks import printable
+    from cotune.shared.signers import read_signers
     from cotune.shared.verification import verify_run
 
     folder = find_run(run)
-    _show_checks(folder.run_id, {"run": folder.run_id}, verify_run(folder), as_json)
+    name = printable(folder.run_id)
+    _show_checks(name, {"run": name}, verify_run(folder, read_signers(signers) if signers else None), as_json)
 
 
 def _is_file(name: str) -> bool:
@@ -76,25 +84,58 @@ def _is_file(name: str) -> bool:
 def _show_checks(name: str, said: dict[str, Any], checks: Sequence[Check], as_json: bool) -> None:
     lines = [f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.detail}" for check in checks]
     failed = [check for check in checks if not check.passed]
-    if failed and not as_json:
-        typer.echo("\n".join(lines))
+    data, text = {**said, "checks": [check.to_dict() for check in checks]}, "\n".join(lines)
     if failed:
-        raise RunFailed(
-            "E-VERIFY", f"{name}: {len(failed)} of {len(checks)} checks failed: "
-            + "; ".join(f"{check.name}: {check.detail}" for check in failed),
-        )  # fmt: skip
-    show({**said, "checks": [check.to_dict() for check in checks]}, as_json=as_json, text="\n".join(lines))
+        what = "; ".join(f"{check.name}: {check.detail}" for check in failed)
+        error = RunFailed("E-VERIFY", f"{name}: {len(failed)} of {len(checks)} checks failed: {what}")
+        show_failed(error, data, as_json=as_json, text=text)
+    show(data, as_json=as_json, text=text)
 
 
 def export(
     run: Reference,
-    out: Annotated[Path, typer.Option("--out", "--peft", help="The new folder.")],
+    out: Annotated[Path | None, typer.Option("--out", "--peft", help="The adapter, as a new folder.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base model.")] = False,
+    registry: Annotated[
+        Path | None, typer.Option(help="Record of the DP Deployments Registry (OpenDP, NIST), as YAML.")
+    ] = None,
+    dpia: Annotated[
+        Path | None, typer.Option(help="Facts for an impact assessment (GDPR Art. 35(7)), Markdown.")
+    ] = None,
+    record: Annotated[Path | None, typer.Option(help="Record of processing (GDPR Art. 30), Markdown.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Copy a run's adapter out as a plain PEFT folder, or merged into its base model."""
-    from cotune.shared.scoring import export_adapter
+    """Write a run's adapter as a plain PEFT folder, or merged; or its facts for those who ask for them."""
+    wanted = {name: path for name, path in (("registry", registry), ("dpia", dpia), ("record", record)) if path}
+    if not out and not wanted:
+        what = "expected what to export: --out, --registry, --dpia or --record"
+        raise JobError("E-EXPORT-WHAT", what, param="--out", hint="cotune export --help")
+    folder, said = find_run(run), dict[str, Any]()
+    if wanted:
+        said |= _write_facts(folder, wanted)
+    if out:
+        from cotune.shared.scoring import export_adapter
 
-    export_adapter(find_run(run), out, merge=merge)
-    what = "merged model" if merge else "adapter"
-    show({"folder": str(out), "merged": merge}, as_json=as_json, text=f"wrote the {what} to {out}")
+        export_adapter(folder, out, merge=merge)
+        said |= {"folder": str(out), "merged": merge}
+    lines = [f"wrote the {'merged model' if merge else 'adapter'} to {out}"] if out else []
+    lines += [f"wrote {path}" for path in wanted.values()]
+    show(said, as_json=as_json, text="\n".join(lines))
+
+
+def _write_facts(folder: RunFolder, wanted: Mapping[str, Path]) -> dict[str, str]:
+    """Write the texts that were asked for, all or none of them."""
+    from cotune.shared.exports.documents import document
+    from cotune.shared.exports.facts import read_facts
+    from cotune.shared.exports.registry import registry_yaml
+
+    facts = read_facts(folder)
+    makers: dict[str, Callable[[], str]] = {
+        "registry": lambda: registry_yaml(facts),
+        "dpia": lambda: document("dpia", facts),
+        "record": lambda: document("record", facts),
+    }
+    made = {name: makers[name]() for name in wanted}
+    for name, path in wanted.items():
+        write_atomic(path, made[name].encode())
+    return {name: str(path) for name, path in wanted.items()}

@@ -108,7 +108,7 @@ def _powers(events: tuple[PrivateEvent, ...], rates: Sequence[float]) -> list[fl
     import numpy as np
 
     grid = np.arange(401) / 20
-    deltas: Any = loss_distribution(events).get_delta_for_epsilon(grid)
+    deltas = np.array(_deltas(events, tuple(grid.tolist())))
     powers: list[float] = []
     for rate in rates:
         upper = float(np.min(np.exp(grid) * rate + deltas))
@@ -121,6 +121,37 @@ def _gaussian_power(rate: float, noise_multiplier: float) -> float:
     from scipy.stats import norm
 
     return float(norm.cdf(norm.ppf(rate) + 1 / noise_multiplier))
+
+
+def delta_profile(events: Iterable[Event], epsilons: Sequence[float]) -> list[tuple[float, float]]:
+    """The delta of everything released at each epsilon: the guarantee as a whole, of which one pair is a point.
+
+    Guarantee: an upper bound of the true delta, for the neighbours of `epsilon`; without sampling it is exact
+    (Balle and Wang 2018, theorem 8).
+
+    Edge cases: nothing released is 0; a non-private release is 1.
+    """
+    private = private_events(events)
+    if not private:
+        return [(each, 1.0 if private is None else 0.0) for each in epsilons]
+    private = credited(private)
+    if not any(map(is_sampled, private)):
+        noise = joint_noise(private)
+        return [(each, _gaussian_delta(each, noise)) for each in epsilons]
+    return list(zip(epsilons, _deltas(private, tuple(epsilons)), strict=True))
+
+
+@lru_cache(maxsize=256)  # a claim is made once, and checked by every site and again by whoever verifies it
+def _deltas(events: tuple[PrivateEvent, ...], epsilons: tuple[float, ...]) -> tuple[float, ...]:
+    found: Any = loss_distribution(events).get_delta_for_epsilon(list(epsilons))
+    return tuple(float(delta) for delta in found)
+
+
+def _gaussian_delta(epsilon_: float, noise_multiplier: float) -> float:
+    from scipy.stats import norm
+
+    half, shift = 1 / (2 * noise_multiplier), epsilon_ * noise_multiplier
+    return max(0.0, float(norm.cdf(half - shift) - math.exp(epsilon_ + norm.logcdf(-half - shift))))
 
 
 def check_delta(delta: float) -> float:

@@ -13,26 +13,41 @@ from typing import Any
 
 from cotune.shared.job import Job
 from cotune.shared.privacy import wording as words
-from cotune.shared.privacy.accounting import epsilon, epsilon_replace_one, tradeoff_curve
+from cotune.shared.privacy.accounting import delta_profile, epsilon, epsilon_replace_one, tradeoff_curve
+from cotune.shared.privacy.adversaries import adversaries
+from cotune.shared.privacy.claim_form import SCHEMA
 from cotune.shared.privacy.crosscheck import epsilon_by_prv
 from cotune.shared.privacy.event import DpSgdEvent, Event, NonPrivateEvent, event_from_dict
 from cotune.shared.privacy.group import epsilon_group
 from cotune.shared.privacy.mechanism import mechanism_of
 
-SCHEMA = "cotune/privacy-claim/1"
+WEIGHTS = "adapter/adapter_model.safetensors"
 RATES = (0.001, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+EPSILONS = (0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
 GROUPS = (2, 4, 8)
+DIGITS = 1e-6
 SOFTWARE = ("cotune", "flwr", "torch", "transformers", "peft", "dp-accounting")
 
 
 @dataclass(frozen=True)
 class ClaimSubject:
-    """What a claim is about."""
+    """What a claim is about, beside job and events.
+
+    Attributes:
+        run_id: The run.
+        files: Hashes of what is released, by name.
+        reload_check: What the adapter's loss was, and is; None if it was not looked at.
+        heads: Signed ledger heads, by site.
+        base: Name and hash of the base model.
+        coordinator: The coordinator's `public_key`, and whether it is `simulated`.
+    """
 
     run_id: str
     files: Mapping[str, str]
     reload_check: Mapping[str, float] | None
     heads: Mapping[str, Mapping[str, Any]]
+    base: tuple[str, str]
+    coordinator: Mapping[str, Any]
 
 
 def build_claim(job: Job, accounts: Mapping[str, Sequence[dict[str, Any]]], subject: ClaimSubject) -> dict[str, Any]:
@@ -48,7 +63,7 @@ def build_claim(job: Job, accounts: Mapping[str, Sequence[dict[str, Any]]], subj
     Args:
         job: The resolved job.
         accounts: Site -> its entries ({"round", "event"}).
-        subject: Run id, hashes of what is released, result of the reload check, ledger heads.
+        subject: What else the claim is about.
     """
     private = job.is_private and bool(accounts) and all(_is_accounted(entries) for entries in accounts.values())
     delta = job.privacy.delta if job.privacy.delta != "auto" else math.nan
@@ -60,19 +75,49 @@ def build_claim(job: Job, accounts: Mapping[str, Sequence[dict[str, Any]]], subj
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "job_sha256": job.sha256(),
         "subject": [{"name": name, "sha256": sha256} for name, sha256 in sorted(subject.files.items())],
-        "statement": words.statement(job, guarantee) if guarantee else words.non_private_statement(job),
+        "model": {
+            "base": subject.base[0],
+            "base_sha256": subject.base[1],
+            "adapter_sha256": subject.files.get(WEIGHTS),
+        },
         "guarantee": guarantee,
-        "unit": words.unit(job),
+        **said_by(job, guarantee),
         "sites": sites,
-        "releases": words.releases(job),
-        "composition": words.composition(job),
-        "mechanism": words.mechanism(job),
-        "threat_model": words.THREAT_MODEL,
-        "unprotected": words.unprotected(job),
-        "evidence": {"reload_check": subject.reload_check, "attack": "not run"},
+        "coordinator": dict(subject.coordinator),
+        "evidence": {"reload_check": subject.reload_check},
         "software": {name: version(name) for name in SOFTWARE},
     }
     return {**claim, "claim_id": claim_id(claim)}
+
+
+def said_by(job: Job, guarantee: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The parts of a claim that follow from the job and the guarantee alone; None: it promises nothing."""
+    return {
+        "statement": words.statement(job, guarantee) if guarantee else words.non_private_statement(job),
+        "adversaries": adversaries(job, guarantee),
+        "unit": words.unit(job),
+        "releases": words.releases(job),
+        "composition": words.composition(job),
+        "mechanism": words.mechanism(job),
+        "threat_model": words.threat_model(job, promised=guarantee is not None),
+        "unprotected": words.unprotected(job),
+    }
+
+
+def claim_bytes(claim: Mapping[str, Any]) -> bytes:
+    """The exact bytes of claim.json, which are what is signed."""
+    return (json.dumps(claim, indent=2, allow_nan=False) + "\n").encode()
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Equal, but for the last digits of computed figures, which may differ between machines."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(alike, one, other))
+    if isinstance(one, float) and isinstance(other, int | float):
+        return math.isclose(one, other, rel_tol=DIGITS, abs_tol=DIGITS**2)
+    return one == other
 
 
 def claim_id(claim: Mapping[str, Any]) -> str:
@@ -145,6 +190,7 @@ def _guarantee(
         "epsilon_second_accountant": epsilon_by_prv(events, delta),
         "person": _persons(job, events, delta),
         "tradeoff": [list(point) for point in tradeoff_curve(events, RATES)],
+        "delta_of_epsilon": [list(point) for point in delta_profile(events, EPSILONS)],
     }
 
 

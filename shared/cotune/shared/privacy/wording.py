@@ -11,12 +11,22 @@ from cotune.shared.job import Job
 from cotune.shared.privacy.mechanism import mechanism_of
 
 NON_PRIVATE = "This run gives NO privacy guarantee."
-THREAT_MODEL = {
-    "coordinator": "sees each site's noised update of every round; covered",
-    "other sites": "see global adapters; covered, also if they collude",
-    "readers of the released model": "covered",
-    "the site's own staff": "trusted with its records; not covered",
-}
+
+
+def threat_model(job: Job, *, promised: bool) -> dict[str, str]:
+    """Who sees what, and whether the guarantee reaches them."""
+    covered = "covered" if promised else "NOT covered"
+    return {
+        "coordinator": f"sees each site's {update(job)} of every round; {covered}",
+        "other sites": f"see global adapters; {covered}{', also if they collude' if promised else ''}",
+        "readers of the released model": covered,
+        "the site's own staff": "trusted with its records; not covered",
+    }
+
+
+def update(job: Job) -> str:
+    """What a site sends, in two words."""
+    return "update, neither clipped nor noised," if job.privacy.level == "none" else "noised update"
 
 
 def statement(job: Job, guarantee: Mapping[str, Any]) -> str:
@@ -70,6 +80,8 @@ def unit(job: Job) -> dict[str, Any]:
 def releases(job: Job) -> list[str]:
     """Everything that leaves a site, and what it costs."""
     listed = ["each round's noised adapter update: the events"]
+    if job.privacy.level == "none":
+        return ["each round's adapter update, neither clipped nor noised: without any bound"]
     if job.rule.personal:
         listed.append("each site's own B, in the last round: noised in every step, inside the events")
     if job.privacy.clipping == "adaptive":
@@ -96,6 +108,8 @@ def composition(job: Job) -> dict[str, str]:
 
 def mechanism(job: Job) -> dict[str, str]:
     """How it was done."""
+    if job.privacy.level == "none":
+        return {"name": f"SGD on LoRA {what_is_trained(job.rule)}", "clipping": "none", "noise": "none: NOT PRIVATE"}
     secure = job.privacy.noise == "secure"
     whose = "person, over all their rows" if job.privacy.level == "unit" else "row"
     how = {

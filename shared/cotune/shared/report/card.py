@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
+from cotune.shared.files import write_atomic
 from cotune.shared.report import wording
 from cotune.shared.report.content import Content, base_score, build_content, federated_score
 from cotune.shared.report.evidence import Evidence, Record, read_evidence
@@ -48,6 +50,18 @@ def model_card(run: RunFolder, site: str | None = None) -> str:
         verify=Markup(f"`cotune verify {content.run_id}`"),  # noqa: S704 - a run id has no special character
         environment=_environment(evidence),
     )
+
+
+def write_cards(run: RunFolder) -> None:
+    """Write the cards of the run's adapter and of each site's own; anew whenever what they say of the run grew."""
+    write_atomic(run.adapter / "README.md", model_card(run).encode())
+    for folder in personal_folders(run):
+        write_atomic(folder / "README.md", model_card(run, folder.name).encode())
+
+
+def personal_folders(run: RunFolder) -> list[Path]:
+    """The folders of the sites' own adapters, in order; none but by rules that make such."""
+    return sorted(run.personal.iterdir()) if run.job().rule.personal else []
 
 
 def front_matter(evidence: Evidence, content: Content) -> str:
