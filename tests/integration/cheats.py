@@ -405,13 +405,13 @@ def _a_link(run: RunFolder, _world: World) -> None:
 
 @cheat("a failed run called a success", "anybody", "attack")
 def _failure_hidden(run: RunFolder, _world: World) -> None:
-    _attacked(run, lambda said: said["run"]["audit"][0].update(epsilon_lower=99.0, holds=False))
+    attacked(run, lambda said: said["run"]["audit"][0].update(epsilon_lower=99.0, holds=False))
 
 
 # --- attacks
 
 
-def _attacked(run: RunFolder, change: Callable[[Any], object]) -> None:
+def attacked(run: RunFolder, change: Callable[[Any], object]) -> None:
     """Results of an attack, as `cotune attack` writes them, changed."""
     said, guarantee = run.claim(), run.claim()["guarantee"]
     audit = {
@@ -431,7 +431,7 @@ def _attacked(run: RunFolder, change: Callable[[Any], object]) -> None:
 
 def attack(what: str, change: Callable[[Any], object]) -> None:
     """A change of an attack's results."""
-    CHEATS.append(Cheat(what, "anybody", "attack", lambda run, _world: _attacked(run, change)))
+    CHEATS.append(Cheat(what, "anybody", "attack", lambda run, _world: attacked(run, change)))
 
 
 attack("a lower bound above the claim", lambda a: a["run"]["audit"][0].update(epsilon_lower=99.0))

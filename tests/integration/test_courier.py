@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from tests.client.agent_nursery import CANARY
 from tests.client.agents import PATIENCE_S, Nursery, RealSite, until
+from tests.client.test_countersigning import claim_of
 from tests.integration.couriers import (
     Courier,
     Desk,
@@ -29,16 +30,20 @@ from tests.integration.couriers import (
     superlink,
 )
 
+from cotune.client.home import SiteHome
 from cotune.shared.bundle import bundle_sha256
 from cotune.shared.files import write_atomic
-from cotune.shared.plan import LedgerRequest, cotune_version
+from cotune.shared.plan import ClaimRequest, LedgerRequest, cotune_version
+from cotune.shared.privacy.claim import claim_bytes
 from cotune.shared.proposal import JobStanding, Proposal
+from cotune.shared.signing import verify
 from cotune.shared.update import AdapterUpdate, Answer, SiteFailure
 from cotune.shared.wire import (
     answer_from_records,
     ledger_from_records,
     proposal_to_records,
     request_to_records,
+    signature_from_records,
     standing_from_records,
 )
 
@@ -116,6 +121,15 @@ def test_rounds_proposals_and_the_ledger_go_there_and_back(world: World) -> None
     message = world.desk.ask(world.site.node_id, "query", request_to_records(LedgerRequest(run_id="run-1", site=site)))
     ledger = ledger_from_records(world.desk.answer(message).content)
     assert ledger == (world.site.site.home / "ledger.jsonl").read_bytes()
+    home = SiteHome.open(world.site.site.home)
+    request = ClaimRequest(run_id="run-1", site=site, claim=claim_bytes(claim_of(home, job)).decode())
+    message = world.desk.ask(world.site.node_id, "query", request_to_records(request))
+    signature = signature_from_records(world.desk.answer(message).content, site)
+    assert isinstance(signature, str), signature
+    assert verify(home.ledger.head.public_key, "cotune-claim", request.claim.encode(), signature)
+    no_claim = ClaimRequest(run_id="run-1", site=site, claim="{}")
+    message = world.desk.ask(world.site.node_id, "query", request_to_records(no_claim))
+    assert world.failure(message).code == "E-CLAIM-FORM"
     message = world.desk.ask(world.site.node_id, "query", request_to_records(LedgerRequest(run_id="run-9", site=site)))
     assert world.failure(message).code == "E-PLAN"
 

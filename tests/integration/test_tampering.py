@@ -6,12 +6,15 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.integration.cheats import CHEATS, Cheat
+from tests.integration.cheats import CHEATS, Cheat, attacked
 from tests.integration.tampered_world import SITES, World
 from tests.integration.tampering import judged, small_world
 
+from cotune.shared.checking.checks import run_checks
+from cotune.shared.checking.examined import Examined
 from cotune.shared.runs import RunFolder
 from cotune.shared.signers import COORDINATOR, NAMESPACE, signature_path, signers_path
 from cotune.shared.verification import CHECKS, verify_run
@@ -55,6 +58,23 @@ def test_stock_openssh_checks_the_signatures(world: World, name: str) -> None:
     assert accepts(content)
     assert not accepts(content.replace(b"0", b"1", 1))
     assert not accepts(content, "site-1" if name == COORDINATOR else COORDINATOR)
+
+
+@pytest.mark.parametrize(("rows", "lower", "holds"), [(1, 0.2, True), (1, 1.0, False), (4, 1.0, True), (4, 9.0, False)])
+def test_a_lower_bound_is_held_against_what_is_claimed_of_such_canaries(
+    world: World, tmp_path: Path, rows: int, lower: float, holds: bool
+) -> None:
+    """The world's rows cost epsilon 0.71 each, and a person with four rows 4.17."""
+    run = world.copy(tmp_path)
+    claimed = {1: run.claim()["guarantee"]["epsilon"], 4: run.claim()["guarantee"]["person"][1]["epsilon"]}[rows]
+
+    def change(said: Any) -> None:
+        said["run"]["canaries"] = {"candidates": 100, "inserted": 50, "rows_each": rows, "unit": "record"}
+        said["run"]["audit"][0] |= {"epsilon_lower": lower, "claimed_epsilon": claimed}
+
+    attacked(run, change)
+    [check] = run_checks({"attack": CHECKS["attack"]}, Examined(run))
+    assert check.passed is holds, check.detail
 
 
 def test_a_partial_run_names_what_is_missing(world: World, tmp_path: Path) -> None:

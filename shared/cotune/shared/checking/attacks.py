@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from cotune.shared.checking.checks import require
 from cotune.shared.checking.examined import Examined
 from cotune.shared.checking.ledgers import costliest
-from cotune.shared.privacy.accounting import epsilon
+from cotune.shared.privacy.group import epsilon_group
 
 SCHEMA = "cotune/attack/1"
 NOTHING = "nothing claimed"
@@ -28,18 +29,20 @@ def attack(examined: Examined) -> str:
     if claim["guarantee"] is None:
         require(said["verdict"] == NOTHING, "nothing is claimed, the attack's verdict says otherwise")
         return "the claim promises nothing; there is nothing to break"
-    audits = said["run"]["audit"]
+    audits, canaries = said["run"]["audit"], said["run"]["canaries"]
+    single = canaries is None or examined.job.privacy.level == "unit"
     for audit in audits:
-        _require_below(examined, audit)
+        _require_below(examined, audit, 1 if single else int(canaries["rows_each"]))
     require(said["verdict"] == "holds", "the attack's verdict is that the claim does not hold")
     return f"{len(audits)} audits, no lower bound above the claim"
 
 
-def _require_below(examined: Examined, audit: Mapping[str, Any]) -> None:
+def _require_below(examined: Examined, audit: Mapping[str, Any], units: int) -> None:
+    """An audit's lower bound is not above what is claimed of canaries that are so many units each."""
     guarantee, who = examined.claim["guarantee"], str(audit["method"])
     bound = guarantee["epsilon"]
-    if audit["delta"] != guarantee["delta"]:
-        bound = costliest(examined, epsilon, float(audit["delta"]))
+    if audit["delta"] != guarantee["delta"] or units > 1:
+        bound = costliest(examined, partial(epsilon_group, records=units), float(audit["delta"]))
     found = float(audit["epsilon_lower"])
     require(math.isfinite(found) and found <= bound, f"{who}: lower bound {found:.3f}, above the claim of {bound:.3f}")
     require(audit["holds"] is True, f"{who}: says that the claim does not hold")
