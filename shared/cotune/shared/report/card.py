@@ -7,10 +7,11 @@ import re
 from dataclasses import replace
 
 from cotune.shared.report import wording
-from cotune.shared.report.content import Content, base_score, build_content, federated_score
+from cotune.shared.report.content import Content, build_content
 from cotune.shared.report.evidence import Evidence, Record, read_evidence
 from cotune.shared.report.method import Fact, load_snippet
 from cotune.shared.report.page import read_template
+from cotune.shared.report.scores import base_score, federated_score
 from cotune.shared.runs import RunFolder
 
 
