@@ -144,7 +144,7 @@ class RunBuilder:
                 "run": attacked(0.4, 0.54, 0, 7.7991 if self.private else None),
                 "control": {"run_id": "20261122-control", "results": attacked(3.1, 0.93, 9, None)},
                 "leakage": {"model": "smollm2", "rank": 16, "tokens": 12, "trials": 20, "recovered_without_dp": 0.917,
-                            "recovered_with_dp": 0.01, "noise_multiplier": 0.8, "note": "the last token has no gradient"},
+                            "recovered_with_dp": 0.01, "noise_multiplier": 0.8, "note": "12 tokens each"},
                 **changes,
             },
         )  # fmt: skip

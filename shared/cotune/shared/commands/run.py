@@ -39,12 +39,24 @@ def evaluate(
     show(scored.to_dict(), as_json=as_json, text="\n".join(lines))
 
 
-def report(run: Reference = "latest", as_json: JsonFlag = False) -> None:
+def report(
+    run: Reference = "latest",
+    pdf: Annotated[bool, typer.Option("--pdf", help="Also print it, by a Chromium that is there.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
     """Write a run's report: one self-contained HTML page, also for a run that failed or goes on."""
     from cotune.shared.report.page import write_report
+    from cotune.shared.report.wording import plain
 
-    page = write_report(find_run(run))
-    show({"report": str(page)}, as_json=as_json, text=f"wrote {page}")
+    folder = find_run(run)
+    files = {"report": write_report(folder)}
+    if pdf:
+        from cotune.shared.report.pdf import print_pdf
+
+        files["pdf"] = print_pdf(files["report"])
+    folder.renew_manifest(*files.values())
+    text = plain("\n".join(f"wrote {file}" for file in files.values()))
+    show({name: str(file) for name, file in files.items()}, as_json=as_json, text=text)
 
 
 def verify(

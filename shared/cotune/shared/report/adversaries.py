@@ -21,13 +21,19 @@ class Adversary:
 
 
 def adversary_rows(evidence: Evidence) -> tuple[Adversary, ...]:
-    """The claim's adversaries in its own order; none for a claim that states none."""
-    return tuple(_row(record) for record in evidence.claim.get("adversaries") or [])
+    """The claim's adversaries in its own order; none for a claim that states none.
+
+    What a run may not claim, or what an attack refuted, bounds none of them.
+    """
+    stands = bool(evidence.guarantee) and not evidence.is_broken
+    return tuple(_row(record, stands) for record in evidence.claim.get("adversaries") or [])
 
 
-def _row(record: Record) -> Adversary:
-    right = wording.right_of_hundred([(point[0], point[1]) for point in record.get("tradeoff") or []])
-    bound, plain = record.get("epsilon"), record.get("epsilon_without_amplification")
+def _row(record: Record, stands: bool) -> Adversary:
+    curve = [(point[0], point[1]) for point in record.get("tradeoff") or []] if stands else []
+    right = wording.right_of_hundred(curve)
+    bound = record.get("epsilon") if stands else None
+    plain = record.get("epsilon_without_amplification") if stands else None
     return Adversary(
         who=str(record.get("who", "")),
         sees=str(record.get("sees", "")),

@@ -52,6 +52,7 @@ def membership_chart(run: Points, control: Points, bound: Points) -> Chart | Non
         axes.fill_between(across, up, 100, color=VERMILLION, alpha=0.08, linewidth=0)
     axes.set_xlim(0, 100)
     axes.set_ylim(0, 100)
+    axes.set_xticks(range(0, 101, 20))
     caption = f"While wrongly accusing 10 of 100, the attack finds {wording.percent(_at(run, 0.1))} of the members"
     caption += f"; the claim allows {wording.percent(_at(bound, 0.1))}." if bound else "."
     table = tuple(
@@ -104,9 +105,12 @@ def leak_chart(leakage: Record) -> Chart | None:
     axes.bar([0, 1], [100 * without, 100 * with_noise], 0.6, color=[VERMILLION, BLUE])
     axes.set_xticks([0, 1], ["without privacy", "with privacy"])
     axes.set_ylim(0, 100)
+    note = wording.plain(str(leakage.get("note") or ""))
     caption = (
-        f"One update without privacy gives away {wording.percent(without)} of a sentence, "
-        f"with clipping and noise {wording.percent(with_noise)}."
+        f"From one update without privacy an attacker reads {wording.percent(without)} of a sentence's tokens, with "
+        f"this run's clipping and noise {wording.percent(with_noise)} ({wording.count(leakage.get('trials'))} "
+        f"sentences of {wording.count(leakage.get('tokens'))} tokens, adapter of rank {wording.count(leakage.get('rank'))}"
+        f"{'; ' + note if note else ''})."
     )
     keys = (Key("plain gradient", VERMILLION, bar=True), Key("clipped and noised", BLUE, bar=True))
     table = (("without privacy", wording.percent(without)), ("with privacy", wording.percent(with_noise)))

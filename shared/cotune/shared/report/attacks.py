@@ -12,7 +12,6 @@ from cotune.shared.report.evidence import Evidence, Record
 from cotune.shared.report.wording import ABSENT
 
 Standing = Literal["not run", "holds", "broken", "nothing claimed"]
-STANDINGS: tuple[Standing, ...] = ("holds", "broken", "nothing claimed")
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,6 @@ class Attacks:
     pairs: tuple[Pair, ...] = ()
     control: str = ""
     secrets: tuple[Secret, ...] = ()
-    leak: str = ""
     limits: tuple[str, ...] = ()
 
 
@@ -72,18 +70,21 @@ def build_attacks(evidence: Evidence) -> Attacks:
         return Attacks("not run", f"{stale}No attack was run on this result: what is said of it is mathematics alone.")
     run: Record = results.get("run") or {}
     control: Record = (results.get("control") or {}).get("results") or {}
-    found = [known for known in STANDINGS if known == results.get("verdict")]
-    standing: Standing = "broken" if evidence.is_broken else found[0] if found else "nothing claimed"
     return Attacks(
-        standing=standing,
+        standing=_standing(evidence),
         sentence=_sentence(run, evidence),
         bounds=tuple(_bound(record) for record in run.get("audit") or []),
         pairs=_pairs(run, control),
         control=str((results.get("control") or {}).get("run_id") or ""),
         secrets=_secrets(run, control),
-        leak=_leak(results.get("leakage") or {}),
         limits=tuple(str(limit) for limit in results.get("limits") or []),
     )
+
+
+def _standing(evidence: Evidence) -> Standing:
+    if evidence.is_broken:
+        return "broken"
+    return "holds" if evidence.attack.get("verdict") == "holds" else "nothing claimed"
 
 
 def strongest(run: Record) -> Record:
@@ -197,19 +198,6 @@ def _examples(results: Record) -> Sequence[Record]:
 
 def _told(secret: str, said: str) -> bool:
     return bool(secret.strip()) and secret.strip() in said
-
-
-def _leak(leakage: Record) -> str:
-    without, with_noise = leakage.get("recovered_without_dp"), leakage.get("recovered_with_dp")
-    if without is None or with_noise is None:
-        return ""
-    note = str(leakage.get("note") or "")
-    return (
-        f"From a single gradient without privacy an attacker reads {wording.percent(without)} of a sentence's tokens; "
-        f"with this run's clipping and noise {wording.percent(with_noise)} "
-        f"({wording.count(leakage.get('trials'))} sentences of {wording.count(leakage.get('tokens'))} tokens, "
-        f"adapter of rank {wording.count(leakage.get('rank'))}). {note}"
-    ).strip()
 
 
 def measured_charts(evidence: Evidence) -> tuple[Chart, ...]:

@@ -134,7 +134,7 @@ def _delta(evidence: Evidence) -> Finding:
     delta, units = evidence.guarantee.get("delta"), evidence.job.units_per_site
     if not _stands(evidence) or delta is None:
         return NOTHING
-    said = f"Delta is {wording.delta(delta)}, one over the agreed number at a site {1 / units:.1g}."
+    said = f"Delta is {wording.delta(delta)}; one over the agreed number at a site is {wording.delta(1 / units)}."
     return Finding("proven" if delta < 1 / units else "not covered", said)
 
 
