@@ -106,10 +106,11 @@ def leak_chart(leakage: Record) -> Chart | None:
     axes.set_xticks([0, 1], ["without privacy", "with privacy"])
     axes.set_ylim(0, 100)
     note = wording.plain(str(leakage.get("note") or ""))
+    tried = f"{wording.count(leakage.get('trials'))} sentences of {wording.count(leakage.get('tokens'))} tokens"
     caption = (
         f"From one update without privacy an attacker reads {wording.percent(without)} of a sentence's tokens, with "
-        f"this run's clipping and noise {wording.percent(with_noise)} ({wording.count(leakage.get('trials'))} "
-        f"sentences of {wording.count(leakage.get('tokens'))} tokens, adapter of rank {wording.count(leakage.get('rank'))}"
+        f"this run's clipping and noise {wording.percent(with_noise)} ({tried}, "
+        f"adapter of rank {wording.count(leakage.get('rank'))}"
         f"{'; ' + note if note else ''})."
     )
     keys = (Key("plain gradient", VERMILLION, bar=True), Key("clipped and noised", BLUE, bar=True))
