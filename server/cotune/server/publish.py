@@ -61,13 +61,26 @@ def publish(
     write_atomic(run.privacy / "statement.txt", statement_text(claim).encode())
     summary = _summary(run, outcome, claim["sites"], layout, base, engine)
     write_json(run.path / "summary.json", {**summary, "reload": reload_check})
-    write_atomic(run.adapter / "README.md", model_card(run).encode())
-    for folder in personal:
-        write_atomic(folder / "README.md", model_card(run, folder.name).encode())
+    write_cards(run)
     run.write_metrics_csv()
     run.set_state("succeeded", int(summary["rounds"]))
     write_report(run)
     run.write_manifest()
+
+
+def describe(run: RunFolder) -> None:
+    """Write anew what tells people of a run that has succeeded, after more of it has become known."""
+    if run.state()["status"] == "succeeded":
+        write_cards(run)
+        write_report(run)
+        run.write_manifest()
+
+
+def write_cards(run: RunFolder) -> None:
+    """The model card of the run's adapter, and of each site's own where there are such."""
+    write_atomic(run.adapter / "README.md", model_card(run).encode())
+    for folder in sorted(run.personal.iterdir()) if run.job().rule.personal else []:
+        write_atomic(folder / "README.md", model_card(run, folder.name).encode())
 
 
 def note(run: RunFolder, outcome: Outcome, layout: Layout, base: BaseModel, engine: str) -> None:

@@ -41,7 +41,7 @@ Engine = Literal["flower", "inline", "deployed"]
 Status = Literal["queued", "awaiting_approval", "running", "paused", "succeeded", "failed", "cancelled"]
 OVER: tuple[Status, ...] = ("paused", "succeeded", "failed", "cancelled")
 METRIC_COLUMNS = (
-    "round", "site", "valid_loss", "accuracy", "accuracy_low", "accuracy_high", "examples",
+    "round", "site", "valid_loss", "accuracy", "accuracy_low", "accuracy_high", "accuracy_gap", "examples",
     "epsilon", "update_norm", "train_loss", "bytes_up", "bytes_down", "seconds",
 )  # fmt: skip
 

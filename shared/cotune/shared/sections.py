@@ -221,6 +221,12 @@ class EvalSettings(Section):
         None, min_length=1, description="column of the public rows: accuracy by its values, too; needs cotune[fairness]"
     )
 
+    @model_validator(mode="after")
+    def _of_rows(self) -> EvalSettings:
+        if self.group_column and not self.data:
+            raise ValueError("eval.group_column is a column of eval.data, which is not given")
+        return self
+
 
 class SimulationSettings(Section):
     """How many sites train at once on this machine."""

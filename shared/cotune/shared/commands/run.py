@@ -28,6 +28,7 @@ def evaluate(
     as_json: JsonFlag = False,
 ) -> None:
     """Score a run or adapter: loss, token accuracy, and accuracy where the answers can be listed."""
+    from cotune.shared.report.wording import plain
     from cotune.shared.scoring import score
 
     scored = score(run, data=data, job_file=job, base_only=base, limit=limit)
@@ -36,6 +37,9 @@ def evaluate(
     if scored.accuracy is not None:
         interval = f"{scored.accuracy_low:.3f} to {scored.accuracy_high:.3f}"
         lines.append(f"accuracy        {scored.accuracy:.3f}  (95 % interval {interval})")
+    for row in (scored.groups or {}).get("rows", []):
+        spread = f"{row['accuracy_low']:.3f} to {row['accuracy_high']:.3f}"
+        lines.append(f"  {plain(row['group'])}: {row['accuracy']:.3f}  ({spread}, {row['examples']} rows)")
     show(scored.to_dict(), as_json=as_json, text="\n".join(lines))
 
 

@@ -12,8 +12,10 @@ INSTALL = "python -m pip install 'cotune[footprint]'"
 def footprint_sentence(evidence: Evidence) -> str:
     """Energy and CO2 in one sentence, or why they are not known."""
     energy, co2 = evidence.footprint.get("energy_kwh"), evidence.footprint.get("co2_kg")
+    if energy is None and evidence.job.data.deployed:
+        return "not measured here: the sites did the work, and what their machines used is theirs to say"
     if energy is None:
-        return f"not measured: {INSTALL}" if not evidence.footprint.get("how") else str(evidence.footprint["how"])
+        return f"not measured: {INSTALL}"
     said = f"{wording.small(1000 * energy)} Wh"
     return said if co2 is None else f"{said}, {wording.small(1000 * co2)} g CO2 equivalent"
 
