@@ -7,6 +7,7 @@ import socket
 import pytest
 
 from cotune.shared.errors import JobError
+from cotune.shared.files import write_json
 from cotune.shared.footprint import WORLD, country, measuring
 from cotune.shared.runs import create_run
 
@@ -60,6 +61,15 @@ def test_a_run_that_fails_has_used_its_energy_all_the_same(run, measured):
         raise JobError("E-X", "failed")
     assert footprint(run)["energy_kwh"] > 0
     assert told == []
+
+
+def test_a_run_that_goes_on_in_another_process_adds_up(run, measured):
+    for _ in range(2):
+        with measuring(run, lambda: None):
+            sum(range(100_000))
+        found = footprint(run)
+        write_json(run.path / "env" / "footprint.json", {**found, "energy_kwh": 5.0, "seconds": 100.0})
+    assert found["energy_kwh"] > 5 and found["seconds"] >= 100
 
 
 def test_a_country_that_is_none_ends_it_before_it_begins(run, measured, monkeypatch):

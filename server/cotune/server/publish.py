@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cotune.server.coordinator import Outcome
@@ -23,7 +24,7 @@ from cotune.shared.methods import save
 from cotune.shared.model import BaseModel
 from cotune.shared.privacy.claim import ClaimSubject, build_claim, charged, site_costs, statement_text
 from cotune.shared.report.card import model_card
-from cotune.shared.report.page import write_report
+from cotune.shared.report.page import render, write_report
 from cotune.shared.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def publish(
     write_atomic(run.privacy / "statement.txt", statement_text(claim).encode())
     summary = _summary(run, outcome, claim["sites"], layout, base, engine)
     write_json(run.path / "summary.json", {**summary, "reload": reload_check})
-    write_cards(run)
+    for path, card in _cards(run).items():
+        write_atomic(path, card)
     run.write_metrics_csv()
     run.set_state("succeeded", int(summary["rounds"]))
     write_report(run)
@@ -69,18 +71,24 @@ def publish(
 
 
 def describe(run: RunFolder) -> None:
-    """Write anew what tells people of a run that has succeeded, after more of it has become known."""
-    if run.state()["status"] == "succeeded":
-        write_cards(run)
-        write_report(run)
-        run.write_manifest()
+    """Write anew what tells people of a run that was published, after more of it has become known.
+
+    All is made before any of it is written, so that the manifest is out of date for no longer than that takes.
+    """
+    cards, page = _cards(run), render(run)
+    for path, card in cards.items():
+        write_atomic(path, card)
+    write_report(run, page)
+    run.write_manifest()
 
 
-def write_cards(run: RunFolder) -> None:
-    """The model card of the run's adapter, and of each site's own where there are such."""
-    write_atomic(run.adapter / "README.md", model_card(run).encode())
-    for folder in sorted(run.personal.iterdir()) if run.job().rule.personal else []:
-        write_atomic(folder / "README.md", model_card(run, folder.name).encode())
+def _cards(run: RunFolder) -> dict[Path, bytes]:
+    """The model card of the run's adapter, and of each site's own where there are such, by file."""
+    own = sorted(run.personal.iterdir()) if run.job().rule.personal else []
+    return {
+        run.adapter / "README.md": model_card(run).encode(),
+        **{folder / "README.md": model_card(run, folder.name).encode() for folder in own},
+    }
 
 
 def note(run: RunFolder, outcome: Outcome, layout: Layout, base: BaseModel, engine: str) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,9 +17,9 @@ from cotune.shared.runs import RunFolder
 COUNTRY, SWITCH = "COTUNE_COUNTRY", "COTUNE_FOOTPRINT"
 WORLD = "world average: no country was said (COTUNE_COUNTRY)"
 HOW = {
-    "cpu_load": "estimated by codecarbon from the processor's nominal power and the share of it that the run used",
-    "intel_rapl": "codecarbon, processor's own counters (RAPL) of the whole machine",
-    "constant": "estimated by codecarbon from a typical processor's constant power",
+    "cpu_load": "estimated from the processor's nominal power and the share of it that the run used",
+    "intel_rapl": "by the processor's own counters (RAPL), of the whole machine",
+    "constant": "estimated from a typical processor's constant power",
 }
 
 
@@ -68,7 +69,7 @@ def measuring(run: RunFolder, written: Callable[[], None]) -> Generator[None]:
     finally:
         found = _stopped(tracker, where) if tracker else None
         if found:
-            write_json(run.path / "env" / "footprint.json", found)
+            write_json(run.path / "env" / "footprint.json", {**found, **_with_earlier(run, found)})
     if found:
         written()
 
@@ -92,18 +93,25 @@ def _tracker(where: str | None) -> Any:
     return tracker
 
 
-def _stopped(tracker: Any, where: str | None) -> dict[str, object] | None:
+def _stopped(tracker: Any, where: str | None) -> dict[str, Any] | None:
     """The measured figures; None where the tracker, which hides its own errors, has none."""
     tracker.stop()
     figures = getattr(tracker, "final_emissions_data", None)
     if figures is None:
         return None
     modes = [getattr(part, "_mode", None) for part in getattr(tracker, "_hardware", [])]
-    how = next((HOW[mode] for mode in modes if mode in HOW), "codecarbon")
+    how = next((HOW[mode] for mode in modes if mode in HOW), "estimated")
     return {
         "energy_kwh": float(figures.energy_consumed),
         "co2_kg": float(figures.emissions),
         "seconds": round(float(figures.duration), 1),
-        "how": f"{how}, and memory by its size ({figures.codecarbon_version})",
+        "how": f"{how}; memory by its size; codecarbon {figures.codecarbon_version}",
         "country": f"{figures.country_name} ({where})" if where else WORLD,
     }
+
+
+def _with_earlier(run: RunFolder, found: Mapping[str, Any]) -> dict[str, float]:
+    """The sums with what earlier processes of the same run used: one that was interrupted goes on in another."""
+    path = run.path / "env" / "footprint.json"
+    earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {name: found[name] + earlier.get(name, 0.0) for name in ("energy_kwh", "co2_kg", "seconds")}

@@ -17,16 +17,20 @@ from cotune.shared.report.evidence import read_evidence
 from cotune.shared.runs import RunFolder
 
 
-def write_report(run: RunFolder) -> Path:
+def write_report(run: RunFolder, page: str = "") -> Path:
     """Write ``report/index.html`` from what the run has recorded so far, and return its path.
 
     Works on a run in any state; what is missing is said to be missing. Equal records give equal bytes.
+
+    Args:
+        run: The run.
+        page: The page, where it has been rendered already.
 
     Raises:
         JobError: A file of the run is damaged.
         StorageError: The page could not be written.
     """
-    page = render(run)
+    page = page or render(run)
     path = run.path / "report" / "index.html"
     with storage_errors(path):
         path.parent.mkdir(exist_ok=True)

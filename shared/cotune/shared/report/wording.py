@@ -57,9 +57,12 @@ def epsilon(value: float | None) -> str:
 
 
 def delta(value: float | str | None) -> str:
-    """Delta in short scientific form: ``1e-5``; a setting not resolved yet stays a word."""
+    """Delta rounded up to three digits, in short form: ``1e-5``; a setting not resolved yet stays a word."""
     if value is None or isinstance(value, str):
         return value or ABSENT
+    if value > 0:
+        unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+        value = math.ceil(value / unit - 1e-9) * unit
     return re.sub(r"e([-+])0*(\d)", r"e\1\2", f"{value:.3g}")
 
 
