@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cotune.server.coordinator import Outcome
@@ -24,7 +23,7 @@ from cotune.shared.methods import save
 from cotune.shared.model import BaseModel
 from cotune.shared.privacy.claim import ClaimSubject, build_claim, charged, site_costs, statement_text
 from cotune.shared.report.card import model_card
-from cotune.shared.report.page import render, write_report
+from cotune.shared.report.page import write_report
 from cotune.shared.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -62,33 +61,13 @@ def publish(
     write_atomic(run.privacy / "statement.txt", statement_text(claim).encode())
     summary = _summary(run, outcome, claim["sites"], layout, base, engine)
     write_json(run.path / "summary.json", {**summary, "reload": reload_check})
-    for path, card in _cards(run).items():
-        write_atomic(path, card)
+    write_atomic(run.adapter / "README.md", model_card(run).encode())
+    for folder in personal:
+        write_atomic(folder / "README.md", model_card(run, folder.name).encode())
     run.write_metrics_csv()
     run.set_state("succeeded", int(summary["rounds"]))
     write_report(run)
     run.write_manifest()
-
-
-def describe(run: RunFolder) -> None:
-    """Write anew what tells people of a run that was published, after more of it has become known.
-
-    All is made before any of it is written, so that the manifest is out of date for no longer than that takes.
-    """
-    cards, page = _cards(run), render(run)
-    for path, card in cards.items():
-        write_atomic(path, card)
-    write_report(run, page)
-    run.write_manifest()
-
-
-def _cards(run: RunFolder) -> dict[Path, bytes]:
-    """The model card of the run's adapter, and of each site's own where there are such, by file."""
-    own = sorted(run.personal.iterdir()) if run.job().rule.personal else []
-    return {
-        run.adapter / "README.md": model_card(run).encode(),
-        **{folder / "README.md": model_card(run, folder.name).encode() for folder in own},
-    }
 
 
 def note(run: RunFolder, outcome: Outcome, layout: Layout, base: BaseModel, engine: str) -> None:

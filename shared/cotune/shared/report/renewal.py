@@ -1,0 +1,35 @@
+"""What tells people of a published run, made anew once more of it has become known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cotune.shared.files import write_atomic
+from cotune.shared.report.card import model_card
+from cotune.shared.report.page import render, write_report
+from cotune.shared.runs import RunFolder
+
+
+def renew(run: RunFolder) -> None:
+    """Write the cards, the report and the manifest of a published run anew.
+
+    All is made before any of it is written, so that the manifest is out of date for no longer than that takes.
+
+    Raises:
+        JobError: A file of the run is damaged; nothing was written.
+        StorageError: A file could not be written.
+    """
+    cards, page = _cards(run), render(run)
+    for path, card in cards.items():
+        write_atomic(path, card)
+    write_report(run, page)
+    run.write_manifest()
+
+
+def _cards(run: RunFolder) -> dict[Path, bytes]:
+    """The model card of the run's adapter, and of each site's own where there are such, by file."""
+    own = sorted(run.personal.iterdir()) if run.job().rule.personal else []
+    return {
+        run.adapter / "README.md": model_card(run).encode(),
+        **{folder / "README.md": model_card(run, folder.name).encode() for folder in own},
+    }
