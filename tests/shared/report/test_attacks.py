@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from tests.shared.report.conftest import attacked
 from tests.shared.report.test_page import Page
 
 from cotune.shared.errors import JobError, RunFailed
@@ -30,7 +31,9 @@ def test_what_was_measured_stands_beside_what_is_claimed(build):
     assert found.standing == "holds"
     assert "at least epsilon 0.40 (95 % confidence); claimed is at most 7.80: within the claim" in found.sentence
     assert "0 of 10 came out of this model; from the same training without privacy, 9 of 10" in found.sentence
-    assert [(bound.lower, bound.claimed, bound.holds) for bound in found.bounds] == [("0.40", "7.80", True)]
+    (bound,) = found.bounds
+    assert (bound.lower, bound.most, bound.claimed, bound.holds) == ("0.40", "2.55", "7.80", True)
+    assert "Its 40 guesses were too few to refute such a claim." in found.sentence
     assert ("Planted secrets that came out", "0 of 10", "9 of 10") in [(p.what, p.run, p.control) for p in found.pairs]
     (secret,) = found.secrets
     assert (secret.run_told, secret.control_told) == (False, True)
@@ -72,6 +75,23 @@ def test_half_an_attack_is_shown_as_far_as_it_goes(build):
     run = build().rounds(3).finished().claimed().attacked(run=bare, control=None, leakage=None, limits=[]).run
     assert "An attack was run" in Page(render(run)).text
     assert measured_charts(read_evidence(run)) == ()
+
+
+def test_an_attack_that_could_test_no_claim_is_not_said_to_have_held(build):
+    builder = build().rounds(3).finished().claimed()
+    for verdict in ("not tested", "nothing claimed", "a later word"):
+        found = attacks_of(builder.attacked(verdict=verdict).run)
+        assert found.standing == "not tested"
+    assert "The claim was not tested." in Page(render(builder.run)).text
+
+
+@pytest.mark.parametrize(("guesses", "most"), [(0, "–"), (1, "0.00"), (10, "1.05"), (100, "3.49"), (500, "5.11")])  # noqa: RUF001
+def test_what_so_many_guesses_can_prove_is_known_before(build, guesses, most):
+    results = attacked(0.0, 0.5, 0, 7.8)
+    results["audit"][0] |= {"guesses": guesses, "right": 0}
+    found = attacks_of(build().rounds(3).finished().claimed().attacked(run=results, control=None).run)
+    assert found.bounds[0].most == most
+    assert "No attack could prove a leak; claimed is at most 7.80: within the claim." in found.sentence
 
 
 def test_a_run_without_privacy_shows_what_came_out_of_it(build):

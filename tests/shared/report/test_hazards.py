@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from tests.shared.report.conftest import attacked
 from tests.shared.report.test_page import Page
 
 from cotune.shared.errors import RunFailed
@@ -40,8 +41,12 @@ def test_a_private_run_is_proven_only_in_what_follows_from_its_events(whole_run)
     assert blocks(whole_run)["Algorithm"] == "declared"
 
 
-def test_an_audit_that_the_claim_survived_counts_as_a_test(build):
-    run = build().rounds(3).finished().claimed().attacked().run
+def test_an_audit_counts_as_a_test_only_if_it_could_have_refuted_the_claim(build):
+    builder = build().rounds(3).finished().claimed().attacked()
+    assert statuses(builder.run)["Batches are not sampled as accounted"] == "declared"
+    enough = attacked(3.0, 0.6, 0, 7.7991)
+    enough["audit"][0] |= {"guesses": 20_000, "right": 19_000}
+    run = builder.attacked(run=enough).run
     assert statuses(run)["Batches are not sampled as accounted"] == "tested"
     assert blocks(run)["Algorithm"] == "tested"
 

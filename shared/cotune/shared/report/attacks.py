@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,17 +12,22 @@ from cotune.shared.report.charts import Chart
 from cotune.shared.report.evidence import Evidence, Record
 from cotune.shared.report.wording import ABSENT
 
-Standing = Literal["not run", "holds", "broken", "nothing claimed"]
+Standing = Literal["not run", "holds", "broken", "not tested", "nothing claimed"]
 
 
 @dataclass(frozen=True)
 class Bound:
-    """One audit: what it proves was leaked at least, beside what the claim says is leaked at most."""
+    """One audit: what it proves was leaked at least, beside what the claim says is leaked at most.
+
+    Attributes:
+        most: What it could have proved, had every guess been right: below the claim, it could not have refuted it.
+    """
 
     adversary: str
     method: str
     guesses: str
     lower: str
+    most: str
     claimed: str
     holds: bool
 
@@ -84,7 +90,9 @@ def build_attacks(evidence: Evidence) -> Attacks:
 def _standing(evidence: Evidence) -> Standing:
     if evidence.is_broken:
         return "broken"
-    return "holds" if evidence.attack.get("verdict") == "holds" else "nothing claimed"
+    if not evidence.guarantee:
+        return "nothing claimed"
+    return "holds" if evidence.attack.get("verdict") == "holds" else "not tested"
 
 
 def strongest(run: Record) -> Record:
@@ -111,12 +119,11 @@ def _sentence(run: Record, evidence: Evidence) -> str:
     said: list[str] = []
     if lower is not None and claimed is not None:
         verdict = "more than the claim allows" if lower > claimed else "within the claim"
-        said.append(
-            f"The strongest attack proves a leak of at least epsilon {lower:.2f} ({_share(best)} confidence); "
-            f"claimed is at most {wording.epsilon(claimed)}: {verdict}."
-        )
+        said.append(f"{_proves(best)}; claimed is at most {wording.epsilon(claimed)}: {verdict}.")
+        if not could_refute(best):
+            said.append(f"Its {wording.count(best.get('guesses'))} guesses were too few to refute such a claim.")
     elif lower is not None:
-        said.append(f"The strongest attack proves a leak of at least epsilon {lower:.2f}; nothing was claimed.")
+        said.append(f"{_proves(best)}; nothing was claimed.")
     out = planted(run)
     if out:
         other = planted((evidence.attack.get("control") or {}).get("results") or {})
@@ -125,17 +132,36 @@ def _sentence(run: Record, evidence: Evidence) -> str:
     return " ".join(said) or "An attack was run; its figures are below."
 
 
-def _share(audit: Record) -> str:
-    return f"{100 * (audit.get('confidence') or 0.95):.0f} %"
+def _proves(audit: Record) -> str:
+    if not audit["epsilon_lower"] > 0:
+        return "No attack could prove a leak"
+    sure = f"{100 * (audit.get('confidence') or 0.95):.0f} %"
+    return f"The strongest attack proves a leak of at least epsilon {audit['epsilon_lower']:.2f} ({sure} confidence)"
+
+
+def could_refute(audit: Record) -> bool:
+    """Whether an audit could have proved more than is claimed: else it is no test of the claim."""
+    claimed, most = audit.get("claimed_epsilon"), _most(audit)
+    return claimed is not None and most is not None and most > claimed
+
+
+def _most(audit: Record) -> float | None:
+    """The largest epsilon so many guesses can prove, all of them right (Steinke et al. 2023, without delta)."""
+    guesses, doubt = audit.get("guesses") or 0, 1 - (audit.get("confidence") or 0.95)
+    if guesses < 1 or not 0 < doubt < 1:
+        return None
+    share = doubt ** (1 / guesses)
+    return math.log(share / (1 - share)) if share > 0.5 else 0.0
 
 
 def _bound(record: Record) -> Bound:
-    lower, claimed = record.get("epsilon_lower"), record.get("claimed_epsilon")
+    lower, claimed, most = record.get("epsilon_lower"), record.get("claimed_epsilon"), _most(record)
     return Bound(
         adversary=str(record.get("adversary", "")),
         method=str(record.get("method", "")),
         guesses=f"{wording.count(record.get('right'))} of {wording.count(record.get('guesses'))}",
         lower=ABSENT if lower is None else f"{lower:.2f}",
+        most=ABSENT if most is None else f"{most:.2f}",
         claimed="nothing claimed" if claimed is None else wording.epsilon(claimed),
         holds=record.get("holds") is not False,
     )

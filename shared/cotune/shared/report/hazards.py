@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from cotune.shared.report import wording
-from cotune.shared.report.attacks import build_attacks, strongest
+from cotune.shared.report.attacks import build_attacks, could_refute
 from cotune.shared.report.evidence import Evidence, Record
 
 Status = Literal["proven", "tested", "declared", "not covered"]
@@ -71,11 +71,13 @@ def _stands(evidence: Evidence) -> bool:
 
 
 def _attacked(evidence: Evidence) -> str:
-    """What an audit that the claim survived says for the run; empty without one."""
-    if build_attacks(evidence).standing != "holds":
+    """What an audit that the claim survived says for the run; empty without one that could have refuted it."""
+    audits = (evidence.attack.get("run") or {}).get("audit") or []
+    able = [audit for audit in audits if could_refute(audit) and audit.get("epsilon_lower") is not None]
+    if build_attacks(evidence).standing != "holds" or not able:
         return ""
-    lower = strongest(evidence.attack.get("run") or {}).get("epsilon_lower")
-    return "" if lower is None else f"An audit with inserted records found a leak of epsilon {lower:.2f} at least."
+    lower = max(audit["epsilon_lower"] for audit in able)
+    return f"An audit that could have refuted the claim found a leak of epsilon {lower:.2f} at least."
 
 
 def _unit(evidence: Evidence) -> Finding:
@@ -200,7 +202,11 @@ def _algorithm(evidence: Evidence) -> Finding:
         return NOTHING
     audit = _attacked(evidence)
     name = str((evidence.claim.get("mechanism") or {}).get("name") or "DP-SGD")
-    return Finding("tested", f"{name}. {audit}") if audit else Finding("declared", f"{name}; not attacked.")
+    return (
+        Finding("tested", f"{name}. {audit}")
+        if audit
+        else Finding("declared", f"{name}; no attack could have refuted it.")
+    )
 
 
 def _utility(evidence: Evidence) -> Finding:
