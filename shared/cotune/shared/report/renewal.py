@@ -1,4 +1,4 @@
-"""What tells people of a published run, made anew once more of it has become known."""
+"""What tells people of a run, made anew once more of it has become known."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cotune.shared.runs import RunFolder
 
 
 def renew(run: RunFolder) -> None:
-    """Write the cards, the report and the manifest of a published run anew.
+    """Write the report of a run anew, and its cards and its manifest where it has such.
 
     All is made before any of it is written, so that the manifest is out of date for no longer than that takes.
 
@@ -23,13 +23,16 @@ def renew(run: RunFolder) -> None:
     for path, card in cards.items():
         write_atomic(path, card)
     write_report(run, page)
-    run.write_manifest()
+    if (run.path / "MANIFEST.json").exists():
+        run.write_manifest()
 
 
 def _cards(run: RunFolder) -> dict[Path, bytes]:
-    """The model card of the run's adapter, and of each site's own where there are such, by file."""
-    own = sorted(run.personal.iterdir()) if run.job().rule.personal else []
+    """The model card of the run's adapter and of each site's own, by file; none for a run that has no adapter."""
+    own = sorted(run.personal.iterdir()) if run.personal.is_dir() else []
+    adapters = {run.adapter: None, **{folder: folder.name for folder in own}}
     return {
-        run.adapter / "README.md": model_card(run).encode(),
-        **{folder / "README.md": model_card(run, folder.name).encode() for folder in own},
+        folder / "README.md": model_card(run, site).encode()
+        for folder, site in adapters.items()
+        if (folder / "adapter_config.json").exists()
     }
