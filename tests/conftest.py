@@ -47,6 +47,7 @@ MakeJob = Callable[..., Job]
 def pytest_configure() -> None:
     """One thread a process, also in those that tests start: they run beside each other, on machines of any speed."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["COTUNE_FOOTPRINT"] = "0"  # measured in the tests that are about it
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background: children would not hear it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])

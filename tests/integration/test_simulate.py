@@ -658,3 +658,38 @@ def test_baselines_are_added_and_the_run_still_verifies(job_file: Path) -> None:
     for line in run.summary()["baselines"]:
         assert (line["epsilon"] is None) == ("without DP" in line["name"])
         assert line["evaluation"]["examples"] == 30
+
+
+def test_groups_of_the_public_rows_are_scored_and_a_column_that_is_not_there_ends_it_at_once(
+    job_file: Path, tmp_path: Path
+) -> None:
+    code, _, err = simulate(job_file, "eval.group_column=age")
+    assert code == 4 and "column `age`" in err
+    assert not (tmp_path / "runs").exists()
+    code, _, err = simulate(job_file, "eval.group_column=ward")
+    assert code == 0, err
+    run = only_run(tmp_path / "runs")
+    for scores in (run.summary()["base"], run.summary()["final"]):
+        assert [row["group"] for row in scores["groups"]["rows"]] == ["North", "South Wing"]
+        assert sum(row["examples"] for row in scores["groups"]["rows"]) == 30
+    assert all("accuracy_gap" in row for row in run.metrics() if not row.get("site"))
+    assert "South Wing" in (run.adapter / "README.md").read_text()
+    assert tell("verify", run.path)[0] == 0
+    code, out, _ = tell("eval", run.path)
+    assert code == 0 and "  South Wing: " in out
+
+
+def test_the_energy_of_a_run_is_in_its_report_and_its_manifest(
+    job_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COTUNE_FOOTPRINT")
+    monkeypatch.setenv("COTUNE_COUNTRY", "FRA")
+    assert simulate(job_file)[0] == 0
+    run = only_run(tmp_path / "runs")
+    assert "France (FRA)" in (run.path / "report" / "index.html").read_text()
+    assert "CO2 equivalent" in (run.adapter / "README.md").read_text()
+    assert tell("verify", run.path)[0] == 0
+    code, _, err = simulate(job_file, out=tmp_path / "more")
+    assert code == 0, err
+    monkeypatch.setenv("COTUNE_COUNTRY", "Freedonia")
+    assert simulate(job_file, out=tmp_path / "none")[0] == 4

@@ -94,6 +94,7 @@ OTHERS: dict[str, object] = {
     "eval.every": 2,
     "eval.limit": 10,
     "eval.choices": ["a", "b"],
+    "eval.group_column": "ward",
     "simulation.workers": 1,
     "simulation.threads": 1,
 }
@@ -107,6 +108,7 @@ NEEDS: dict[str, dict[str, dict[str, object]]] = {
     "federation.sites_per_round": {"federation": {"selection": "random"}},
     "federation.max_rounds_per_site": {"federation": {"selection": "random", "sites_per_round": 1}},
     "aggregation.root": {"aggregation": {"robust": "fltrust"}},
+    "eval.group_column": {"eval": {"data": "/e.jsonl"}},
     "transport.error_feedback": {"transport": {"codec_up": "int8"}},
 }
 

@@ -278,6 +278,7 @@ class Coordinator:
             accuracy=result.accuracy,
             accuracy_low=result.accuracy_low,
             accuracy_high=result.accuracy_high,
+            **({"accuracy_gap": result.groups["gap"]} if result.groups else {}),
             examples=result.examples,
             epsilon=max((row["epsilon"] for row in rows if row["epsilon"] is not None), default=None),
             bytes_up=sum(row["bytes_up"] for row in rows),

@@ -116,12 +116,11 @@ def _settled(job: Job, base: BaseModel) -> Job:
 
 def _without_paths(job: Job) -> tuple[Job, Mapping[str, Path]]:
     """The job with public rows named by their hashes, and the files they are in."""
-    from cotune.shared.evaluation import choices_of
+    from cotune.shared.evaluation import settle_scoring
 
     files = {"eval.data": _file(job.eval.data), "aggregation.root": _file(job.aggregation.root)}
-    if files["eval.data"] and job.eval.choices == "auto":
-        rows = read_records(files["eval.data"])
-        job = job.replace(eval={"choices": tuple(choices_of(rows, job))})
+    if files["eval.data"]:
+        job = settle_scoring(job, read_records(files["eval.data"]))
     hashes = {key: file_sha256(file) for key, file in files.items() if file}
     for key, sha256 in hashes.items():
         section, _, setting = key.partition(".")

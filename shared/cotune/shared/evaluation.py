@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cotune.shared.examples import Example, answer_of, choice_tokens, tokenize
+from cotune.shared.fairness import by_group, groups_of
 from cotune.shared.features import Features
 from cotune.shared.job import Job
 from cotune.shared.network import Network, mean_by_row
@@ -26,7 +27,11 @@ PROBE = ("The capital of France is Paris.", "Water boils at one hundred degrees.
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores on `examples` records; accuracy with its 95 % Wilson interval, None where there are no choices."""
+    """Scores on `examples` records; accuracy with its 95 % Wilson interval, None where there are no choices.
+
+    Attributes:
+        groups: The same by group, see `fairness.by_group`; None where the job names no column or has no choices.
+    """
 
     examples: int
     loss: float
@@ -34,10 +39,11 @@ class Evaluation:
     accuracy: float | None = None
     accuracy_low: float | None = None
     accuracy_high: float | None = None
+    groups: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The scores as JSON."""
-        return asdict(self)
+        """The scores as JSON; without `groups` where there are none."""
+        return {name: value for name, value in asdict(self).items() if name != "groups" or value}
 
 
 class Evaluator:
@@ -58,6 +64,8 @@ class Evaluator:
         self, network: Network, records: Sequence[Record], tokenizer: Any, job: Job, kept: Path | None = None
     ) -> None:
         self._network = network
+        self._column = job.eval.group_column
+        self._groups = groups_of(records, self._column) if self._column else []
         self._examples = tokenize(records, tokenizer, job)
         self._kept = kept
         self._features = Features(network, self._examples, kept)
@@ -76,7 +84,10 @@ class Evaluator:
             rows = order[start : start + CHUNK]
             losses[rows], tokens[rows], hits[rows] = self._score_chunk(rows)
         accuracy = hits if self._choices or self._network.classify else None
-        return _summarise(losses, tokens, accuracy)
+        scores = _summarise(losses, tokens, accuracy)
+        if accuracy is None or not self._column:
+            return scores
+        return replace(scores, groups=by_group(self._column, self._groups[:count], accuracy.tolist()))
 
     def _score_chunk(self, rows: list[int]) -> tuple[Scores, Scores, Scores]:
         examples = [self._examples[row] for row in rows]
@@ -125,6 +136,19 @@ def choices_of(records: Sequence[Record], job: Job) -> list[str]:
     if job.eval.choices != "auto":
         return sorted({*job.eval.choices, *present}) if job.eval.choices else []
     return present if 1 < len(present) <= MAX_AUTO_CHOICES and len(present) * 2 <= len(records) else []
+
+
+def settle_scoring(job: Job, records: Sequence[Record]) -> Job:
+    """A job with the answers that are ranked, after its public evaluation rows; they must have its groups.
+
+    Raises:
+        JobError, DataError: See `fairness.groups_of`.
+    """
+    if job.eval.group_column:
+        groups_of(records, job.eval.group_column)
+    if job.eval.choices == "auto":
+        return job.replace(eval={"choices": tuple(choices_of(records, job))})
+    return job
 
 
 def probe_records(job: Job) -> list[Record]:

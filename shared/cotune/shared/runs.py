@@ -42,7 +42,7 @@ Engine = Literal["flower", "inline", "deployed"]
 Status = Literal["queued", "awaiting_approval", "running", "paused", "succeeded", "failed", "cancelled"]
 OVER: tuple[Status, ...] = ("paused", "succeeded", "failed", "cancelled")
 METRIC_COLUMNS = (
-    "round", "site", "valid_loss", "accuracy", "accuracy_low", "accuracy_high", "examples",
+    "round", "site", "valid_loss", "accuracy", "accuracy_low", "accuracy_high", "accuracy_gap", "examples",
     "epsilon", "update_norm", "train_loss", "bytes_up", "bytes_down", "seconds",
 )  # fmt: skip
 
@@ -246,6 +246,13 @@ class RunFolder:
     def write_manifest(self) -> None:
         """Write the SHA-256 of every file of the run, in order of names."""
         write_json(self.path / "MANIFEST.json", {name: file_sha256(path) for name, path in self.files().items()})
+
+    def renew_manifest(self, *files: Path) -> None:
+        """Write the hashes of some files of the run anew, and no other's: what was changed elsewhere still shows."""
+        path = self.path / "MANIFEST.json"
+        if path.exists():
+            hashes = _read_json(path) | {str(file.relative_to(self.path)): file_sha256(file) for file in files}
+            write_json(path, dict(sorted(hashes.items())))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

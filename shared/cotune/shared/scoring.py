@@ -38,7 +38,10 @@ def score(
     records = read_records(path) if path else probe_records(job)
     if data:
         # Other rows, other answers: rank what occurs there unless the run's own list covers it.
-        job = job.replace(eval={"choices": tuple(choices_of(records, job))})
+        column = job.eval.group_column
+        known = any(record.columns.get(column) is not None for record in records) if column else False
+        choices = tuple(choices_of(records, job))
+        job = job.replace(eval={"data": str(data), "choices": choices, "group_column": column if known else None})
     return Evaluator(network, records, load_tokenizer(base), job).score(limit)
 
 

@@ -217,6 +217,15 @@ class EvalSettings(Section):
     every: int = Field(1, ge=1, description="rounds between evaluations; the last is always scored")
     limit: int | None = Field(None, ge=1, description="score this many rows between rounds; all at the ends")
     choices: tuple[str, ...] | Auto = Field("auto", description="answers ranked; auto: the file's own, if few")
+    group_column: str | None = Field(
+        None, min_length=1, description="column of the public rows: accuracy by its values, too; needs cotune[fairness]"
+    )
+
+    @model_validator(mode="after")
+    def _of_rows(self) -> EvalSettings:
+        if self.group_column and not self.data:
+            raise ValueError("eval.group_column is a column of eval.data, which is not given")
+        return self
 
 
 class SimulationSettings(Section):

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import click
 
-from cotune.shared.files import write_atomic, write_json
+from cotune.shared.files import write_json
 from cotune.shared.job import Job
 from cotune.shared.jobfile import dump_toml
 from cotune.shared.records import Record
-from cotune.shared.report.card import model_card
-from cotune.shared.report.page import write_report
+from cotune.shared.report.renewal import renew
 from cotune.shared.runs import RunFolder, create_run
 from cotune.simulations.federation import run_inline
 from cotune.simulations.scenario import site_names, site_records, work_folder
@@ -40,9 +39,7 @@ def add_baselines(run: RunFolder, *, quiet: bool) -> None:
             result = other.summary()
             lines.append({"name": name, "epsilon": result["sites"][0]["epsilon"], "evaluation": result["final"]})
     write_json(run.path / "summary.json", {**run.summary(), "baselines": lines})
-    write_atomic(run.adapter / "README.md", model_card(run).encode())
-    write_report(run)
-    run.write_manifest()
+    renew(run)
 
 
 def _variants(job: Job, folder: Path) -> Iterator[tuple[str, Job]]:

@@ -171,6 +171,8 @@ def _require_consent(run: RunFolder, i_know: bool) -> None:
 
 def _run_shown(run: RunFolder, engine: Engine, *, quiet: bool, as_json: bool) -> None:
     """Run on an engine with progress; kept features are removed whatever happens; raise the run's own error."""
+    from cotune.shared.footprint import measuring
+    from cotune.shared.report.renewal import renew
     from cotune.shared.showing import View, raise_outcome, shown
     from cotune.simulations.scenario import site_names, work_folder
 
@@ -178,7 +180,7 @@ def _run_shown(run: RunFolder, engine: Engine, *, quiet: bool, as_json: bool) ->
     steps = work_folder(run.run_id) / "progress.jsonl"
     view = View(run, site_names(run.job()), lambda: read_lines(steps))
     try:
-        with shown(view, quiet=quiet, as_json=as_json):
+        with shown(view, quiet=quiet, as_json=as_json), measuring(run, lambda: renew(run)):
             if engine == "flower":
                 from cotune.simulations.flower import run_on_flower
 

@@ -20,7 +20,7 @@ from cotune.shared.cli import job_file
 from cotune.shared.codec import Payload
 from cotune.shared.datasets import dataset_path
 from cotune.shared.errors import CotuneError, JobError, did_you_mean
-from cotune.shared.evaluation import choices_of
+from cotune.shared.evaluation import settle_scoring
 from cotune.shared.files import append_line, storage_errors, write_atomic, write_json
 from cotune.shared.job import Job
 from cotune.shared.jobfile import load_job
@@ -93,9 +93,7 @@ def _with_data(job: Job) -> Job:
         eval={"data": local(job.eval.data) if job.eval.data else None},
         aggregation={"root": local(job.aggregation.root) if job.aggregation.root else None},
     )
-    if job.eval.data and job.eval.choices == "auto":
-        return job.replace(eval={"choices": tuple(choices_of(read_records(Path(job.eval.data)), job))})
-    return job
+    return settle_scoring(job, read_records(Path(job.eval.data))) if job.eval.data else job
 
 
 def site_names(job: Job) -> list[str]:

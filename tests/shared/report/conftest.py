@@ -26,6 +26,29 @@ def evaluation(accuracy: float | None, loss: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def folder(path: Path) -> Path:
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def attacked(lower: float, area: float, recovered: int, claimed: float | None) -> dict[str, Any]:
+    """One side of an attack's results, in the contract's shape."""
+    said = "PIN 4711" if recovered else "I do not know"
+    return {
+        "canaries": {"candidates": 200, "inserted": 103, "rows_each": 1, "unit": "record"},
+        "audit": [{"adversary": "reader of the released model", "method": "Steinke et al. 2023", "guesses": 40,
+                   "right": 24, "epsilon_lower": lower, "delta": 1e-4, "confidence": 0.95,
+                   "claimed_epsilon": claimed, "holds": claimed is None or lower <= claimed}],
+        "exposure": {"mean": 1.4 + lower, "median": 1.2, "max": 6.2, "chance_mean": 1.44,
+                     "values": [(i * 37 % 60) / 10 * (1 + lower / 4) for i in range(100)]},
+        "membership": {"method": "RMIA, offline", "members": 100, "non_members": 100, "auc": area,
+                       "auc_low": area - 0.04, "auc_high": area + 0.04, "tpr_at_1pct_fpr": (area - 0.5) / 2,
+                       "roc": [[i / 20, min(1.0, (i / 20) ** (1 / area - 1))] for i in range(21)]},
+        "secrets": {"planted": 10, "recovered": recovered, "tokens_recovered": recovered / 10,
+                    "examples": [{"prompt": "the code of the north door is", "secret": "PIN 4711", "said": said}]},
+    }  # fmt: skip
+
+
 class RunBuilder:
     """Builds one run folder step by step."""
 
@@ -96,6 +119,37 @@ class RunBuilder:
         self.run.set_state("succeeded", 3)
         return self
 
+    def adversaries(self) -> list[dict[str, Any]]:
+        bound = {"epsilon": 7.7991, "delta": 1e-4, "epsilon_without_amplification": 21.3, "tradeoff": CURVE}
+        none = {"epsilon": None, "delta": None, "epsilon_without_amplification": None, "tradeoff": []}
+        seen = {
+            "coordinator": "every noised update of every site",
+            "another site": "the global adapters",
+            "colluding sites": "the global adapters, and their own updates",
+            "reader of the released model": "the final adapter",
+        }
+        said = bound if self.private else none
+        return [{"who": who, "sees": sees, **said, "note": "computed, not measured"} for who, sees in seen.items()]
+
+    def attacked(self, **changes: object) -> RunBuilder:
+        """Results as `cotune attack` writes them: figures for drawing, of no real attack."""
+        claim = self.run.claim() if (self.run.privacy / "claim.json").exists() else {}
+        write_json(
+            folder(self.run.path / "attack") / "results.json",
+            {
+                "schema": "cotune/attack/1", "run_id": self.run.run_id, "claim_id": claim.get("claim_id"),
+                "created": "2026-11-22T10:00:00Z", "seconds": 40.0,
+                "verdict": "holds" if self.private else "nothing claimed",
+                "limits": ["one run: a weaker attack may have had luck"],
+                "run": attacked(0.4, 0.54, 0, 7.7991 if self.private else None),
+                "control": {"run_id": "20261122-control", "results": attacked(3.1, 0.93, 9, None)},
+                "leakage": {"model": "smollm2", "rank": 16, "tokens": 12, "trials": 20, "recovered_without_dp": 0.917,
+                            "recovered_with_dp": 0.01, "noise_multiplier": 0.8, "note": "12 tokens each"},
+                **changes,
+            },
+        )  # fmt: skip
+        return self
+
     def claimed(self, **changes: object) -> RunBuilder:
         guarantee = {
             "variant": "approximate DP", "epsilon": 7.7991, "delta": 1e-4, "target_epsilon": 8.0,
@@ -119,6 +173,7 @@ class RunBuilder:
             "threat_model": {"coordinator": "honest but curious"},
             "unprotected": ["site names", "the base model"],
             "evidence": {"reload_check": None, "attack": "not run"}, "software": {"cotune": "0.1.0"},
+            "adversaries": self.adversaries(), "claim_id": "sha256:" + SHA256,
             **changes,
         }  # fmt: skip
         write_json(self.run.privacy / "claim.json", claim)

@@ -6,8 +6,10 @@ import re
 import pytest
 import yaml
 
+from cotune.shared.files import write_json
 from cotune.shared.report.card import escape_markdown, model_card
 
+SHA256 = "3f0c" * 16
 HOSTILE = "evil\n---\nlicense: mit # <script>alert(1)</script> | `x` [a](http://evil.example): {{ 70000*70000 }}"
 
 
@@ -32,6 +34,7 @@ def test_the_front_matter_is_what_a_hub_reads(whole_run):
         "delta": 1e-4,
         "unit": "one JSONL row, cut to 64 tokens",
         "accountant": "dp-accounting PLD 0.6.0",
+        "claim": "sha256:" + SHA256,
     }
     result = data["model-index"][0]["results"][0]
     assert result["dataset"]["name"] == "held-out.jsonl"
@@ -44,10 +47,10 @@ def test_every_section_is_filled(whole_run):
     assert not re.search(r"anonym|complian", card, re.IGNORECASE)
     sections = re.split(r"^## ", card, flags=re.MULTILINE)[1:]
     assert [part.partition("\n")[0] for part in sections] == [
-        "Use and limits", "Privacy statement", "Training procedure", "Evaluation", "How to load it",
-        "Environment", "Limits of this evidence",
+        "Use and limits", "Privacy statement", "Training procedure", "Evaluation", "By group", "Attacks",
+        "How to load it", "Environment", "EU AI Act, Annex XI section 1", "Limits of this evidence",
     ]  # fmt: skip
-    assert all(len(part) > 100 for part in sections)
+    assert all(len(part) > 80 for part in sections)
     privacy = sections[1]
     assert "(7.80, 1e-4)-differentially private for one record" in privacy
     assert "epsilon 21.30" in privacy and "Epsilon 7.80" in privacy
@@ -133,3 +136,35 @@ def test_a_card_written_just_before_success_is_not_called_unfinished(build):
 def test_escaping_leaves_plain_text_readable():
     assert escape_markdown("q_proj, v_proj of 3-b") == "q_proj, v_proj of 3-b"
     assert escape_markdown("a|b\n<i>") == "a\\|b &lt;i&gt;"
+
+
+def test_what_was_attacked_measured_by_group_and_used_stands_in_the_card(build):
+    groups = {"column": "ward", "rows": [{"group": "north|<b>", "examples": 9, "accuracy": 0.5}], "gap": 0.0}
+    builder = build(eval={"group_column": "ward"}).rounds(3)
+    builder.finished(final={"accuracy": 0.5, "loss": 1.0, "groups": groups}).claimed().attacked()
+    used = {"energy_kwh": 0.00123, "co2_kg": 0.00058, "seconds": 90, "how": "codecarbon", "country": "Germany (DEU)"}
+    write_json(builder.run.path / "env" / "footprint.json", used)
+    card = model_card(builder.run)
+    assert "| reader of the released model | Steinke et al. 2023 | 24 of 40 | 0.40 | 7.80 |" in card
+    assert (
+        "| colluding sites | the global adapters, and their own updates | 7.80 at 0.0001 | at most 80 of 100 |" in card
+    )
+    assert "| north\\|&lt;b&gt; | 9 (too few to say much) | " in card
+    assert "- Energy: 1.23 Wh" in card and "- CO2 equivalent: 0.580 g" in card
+    assert "| 2(e) Energy | 1.23 Wh, 0.580 g CO2 equivalent |" in card
+
+
+def test_a_card_of_a_broken_claim_promises_nothing(build):
+    card = model_card(build().rounds(3).finished().claimed().attacked(verdict="broken").run)
+    assert front_matter(card)["x-privacy"] | {"unit": None} == dict.fromkeys(
+        ("epsilon", "delta", "unit", "accountant", "claim")
+    ) | {"private": False}
+    assert "NOT-PRIVATE" in front_matter(card)["tags"]
+    assert "BROKEN BY ATTACK" in card.split("## Use and limits")[0]
+
+
+def test_characters_that_act_are_gone_from_card_and_front_matter(build):
+    hostile = "adapter\x1b[2J\u202egnp"
+    card = model_card(build().rounds(3).finished().claimed(statement=hostile, unit={"definition": hostile}).run)
+    assert not {"\x1b", "\u202e"} & set(card)
+    assert front_matter(card)["x-privacy"]["unit"] == "adapter\ufffd[2J\ufffdgnp"

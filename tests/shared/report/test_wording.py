@@ -22,7 +22,15 @@ def test_epsilon_is_rounded_up_so_that_nothing_is_understated(value, text):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1e-5, "1e-5"), (1e-4, "0.0001"), (5.3e-10, "5.3e-10"), ("auto", "auto"), (None, wording.ABSENT)],
+    [
+        (1e-5, "1e-5"),
+        (1e-4, "0.0001"),
+        (5.3e-10, "5.3e-10"),
+        (0.1 / 170, "0.000589"),
+        (0.0, "0"),
+        ("auto", "auto"),
+        (None, wording.ABSENT),
+    ],
 )
 def test_delta_is_short(value, text):
     assert wording.delta(value) == text

@@ -30,6 +30,7 @@ def evaluate(
     as_json: JsonFlag = False,
 ) -> None:
     """Score a run or adapter: loss, token accuracy, and accuracy where the answers can be listed."""
+    from cotune.shared.report.wording import plain
     from cotune.shared.scoring import score
 
     scored = score(run, data=data, job_file=job, base_only=base, limit=limit)
@@ -38,15 +39,30 @@ def evaluate(
     if scored.accuracy is not None:
         interval = f"{scored.accuracy_low:.3f} to {scored.accuracy_high:.3f}"
         lines.append(f"accuracy        {scored.accuracy:.3f}  (95 % interval {interval})")
+    for row in (scored.groups or {}).get("rows", []):
+        spread = f"{row['accuracy_low']:.3f} to {row['accuracy_high']:.3f}"
+        lines.append(f"  {plain(row['group'])}: {row['accuracy']:.3f}  ({spread}, {row['examples']} rows)")
     show(scored.to_dict(), as_json=as_json, text="\n".join(lines))
 
 
-def report(run: Reference = "latest", as_json: JsonFlag = False) -> None:
+def report(
+    run: Reference = "latest",
+    pdf: Annotated[bool, typer.Option("--pdf", help="Also print it, by a Chromium that is there.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
     """Write a run's report: one self-contained HTML page, also for a run that failed or goes on."""
     from cotune.shared.report.page import write_report
+    from cotune.shared.report.wording import plain
 
-    page = write_report(find_run(run))
-    show({"report": str(page)}, as_json=as_json, text=f"wrote {page}")
+    folder = find_run(run)
+    files = {"report": write_report(folder)}
+    if pdf:
+        from cotune.shared.report.pdf import print_pdf
+
+        files["pdf"] = print_pdf(files["report"])
+    folder.renew_manifest(*files.values())
+    text = plain("\n".join(f"wrote {file}" for file in files.values()))
+    show({name: str(file) for name, file in files.items()}, as_json=as_json, text=text)
 
 
 def verify(

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from cotune.shared.files import write_atomic
 from cotune.shared.report import wording
-from cotune.shared.report.content import Content, base_score, build_content, federated_score
+from cotune.shared.report.annexes import annex_xi
+from cotune.shared.report.content import Content, build_content
 from cotune.shared.report.evidence import Evidence, Record, read_evidence
 from cotune.shared.report.method import Fact, load_snippet
 from cotune.shared.report.page import read_template
+from cotune.shared.report.scores import base_score, federated_score
 from cotune.shared.runs import RunFolder
 
 
@@ -49,6 +51,7 @@ def model_card(run: RunFolder, site: str | None = None) -> str:
         snippet=Markup(content.snippet),  # noqa: S704 - inside a code block, its names quoted by repr
         verify=Markup(f"`cotune verify {content.run_id}`"),  # noqa: S704 - a run id has no special character
         environment=_environment(evidence),
+        annex_xi=annex_xi(evidence),
     )
 
 
@@ -68,7 +71,7 @@ def front_matter(evidence: Evidence, content: Content) -> str:
     """The card's YAML: what hubs and catalogues index. The base model is an id, never a path."""
     import yaml
 
-    private = evidence.privacy == "private"
+    private = evidence.privacy == "private" and not evidence.is_broken
     privacy_tags = ["differential-privacy", "dp-sgd"] if private else ["NOT-PRIVATE", "do-not-publish"]
     unit: Record = evidence.claim.get("unit") or {}
     mechanism: Record = evidence.claim.get("mechanism") or {}
@@ -83,10 +86,11 @@ def front_matter(evidence: Evidence, content: Content) -> str:
         "model-index": [{"name": content.name, "results": _results(evidence, final)}],
         "x-privacy": {
             "private": private,
-            "epsilon": evidence.guarantee.get("epsilon"),
-            "delta": evidence.guarantee.get("delta"),
+            "epsilon": evidence.guarantee.get("epsilon") if private else None,
+            "delta": evidence.guarantee.get("delta") if private else None,
             "unit": unit.get("definition") or ("one record" if private else None),
             "accountant": (mechanism.get("accountant") or "privacy/accountant.json") if private else None,
+            "claim": evidence.claim.get("claim_id") if private else None,
         },
     }
     return yaml.safe_dump(_one_line(data), sort_keys=False, allow_unicode=True, width=math.inf)
@@ -98,7 +102,7 @@ def escape_markdown(value: object) -> object:
 
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
-    line = " ".join(value.split())
+    line = wording.plain(" ".join(value.split()))
     return re.sub(r"([\\`*\[\]|])", r"\\\1", line).replace("<", "&lt;").replace(">", "&gt;")
 
 
@@ -108,7 +112,7 @@ def _one_line(value: object) -> object:
         return {key: _one_line(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_one_line(item) for item in value]
-    return " ".join(value.split()) if isinstance(value, str) else value
+    return wording.plain(" ".join(value.split())) if isinstance(value, str) else value
 
 
 def _base(evidence: Evidence) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours with at least 3:1 contrast on white; every series also differs in its line.
 BLUE, VERMILLION, GREEN, BLACK, PURPLE = "#0072B2", "#D55E00", "#007C5A", "#222222", "#9A4F79"
+GREY = "#666666"
 LEVEL_STYLES = ((BLACK, "6 3"), (VERMILLION, "2 2"), (GREEN, "8 2 2 2"), (PURPLE, "1 3"))
 MAX_POINTS = 60
 SIZE_INCHES = (5.6, 3.5)  # 403 units wide: on a phone of 360 px the text still is over 10 px
@@ -85,14 +86,14 @@ def quality_chart(rows: Sequence[Record], levels: Sequence[Level]) -> Chart | No
     if not points:
         return _loss_chart(thin([row for row in rows if row.get("valid_loss") is not None]))
     rounds, values = [row["round"] for row in points], [100 * row["accuracy"] for row in points]
-    figure, axes = _canvas("accuracy, %")
+    figure, axes = canvas("accuracy, %")
     low = [100 * _or(row.get("accuracy_low"), row["accuracy"]) for row in points]
     high = [100 * _or(row.get("accuracy_high"), row["accuracy"]) for row in points]
     axes.fill_between(rounds, low, high, color=BLUE, alpha=0.2, linewidth=0)
     axes.plot(rounds, values, color=BLUE, marker="o", linewidth=2.2, markersize=5, clip_on=False)
     keys = [Key("federated model, with its 95 % interval (band)", BLUE)]
     for level, (colour, dash) in zip(levels, LEVEL_STYLES, strict=False):
-        axes.axhline(100 * level.value, color=colour, linewidth=1.8, linestyle=_dashes(dash))
+        axes.axhline(100 * level.value, color=colour, linewidth=1.8, linestyle=dashes(dash))
         keys.append(Key(f"{level.label}: {wording.percent(level.value)}", colour, dash))
     caption = (
         f"Accuracy on the held-out rows went from {values[0]:.1f} % after round {rounds[0]} "
@@ -108,13 +109,13 @@ def quality_chart(rows: Sequence[Record], levels: Sequence[Level]) -> Chart | No
         for row in points
     ]
     columns = ("Round", "Accuracy", "95 % interval", "Loss")
-    return _chart(figure, Chart("accuracy", "Accuracy by round", caption, "", tuple(keys), columns, tuple(table)))
+    return finished(figure, Chart("accuracy", "Accuracy by round", caption, "", tuple(keys), columns, tuple(table)))
 
 
 def _loss_chart(points: Sequence[Record]) -> Chart | None:
     if not points:
         return None
-    figure, axes = _canvas("loss, nats per token")
+    figure, axes = canvas("loss, nats per token")
     rounds, values = [row["round"] for row in points], [row["valid_loss"] for row in points]
     axes.plot(rounds, values, color=BLUE, marker="o", linewidth=2.2, markersize=5, clip_on=False)
     caption = (
@@ -123,7 +124,7 @@ def _loss_chart(points: Sequence[Record]) -> Chart | None:
     )
     table = tuple((str(row["round"]), wording.decimal(row["valid_loss"])) for row in points)
     keys = (Key("federated model", BLUE),)
-    return _chart(figure, Chart("loss", "Loss by round", caption, "", keys, ("Round", "Loss"), table))
+    return finished(figure, Chart("loss", "Loss by round", caption, "", keys, ("Round", "Loss"), table))
 
 
 def epsilon_chart(rows: Sequence[Record], target: float) -> Chart | None:
@@ -132,9 +133,9 @@ def epsilon_chart(rows: Sequence[Record], target: float) -> Chart | None:
     if not points:
         return None
     rounds, values = [row["round"] for row in points], [row["epsilon"] for row in points]
-    figure, axes = _canvas("epsilon spent")
+    figure, axes = canvas("epsilon spent")
     axes.plot(rounds, values, color=BLUE, marker="o", linewidth=2.2, markersize=5, clip_on=False)
-    axes.axhline(target, color=VERMILLION, linewidth=1.8, linestyle=_dashes("6 3"))
+    axes.axhline(target, color=VERMILLION, linewidth=1.8, linestyle=dashes("6 3"))
     axes.set_ylim(0, 1.1 * max(target, *values))
     caption = (
         f"After round {rounds[-1]} the site that spent most had spent epsilon "
@@ -146,7 +147,7 @@ def epsilon_chart(rows: Sequence[Record], target: float) -> Chart | None:
     )
     table = tuple((str(row["round"]), wording.epsilon(row["epsilon"])) for row in points)
     columns = ("Round", "Epsilon so far")
-    return _chart(figure, Chart("epsilon", "Privacy spent by round", caption, "", keys, columns, table))
+    return finished(figure, Chart("epsilon", "Privacy spent by round", caption, "", keys, columns, table))
 
 
 def bytes_chart(rows: Sequence[Record]) -> Chart | None:
@@ -155,7 +156,7 @@ def bytes_chart(rows: Sequence[Record]) -> Chart | None:
     points = thin(sent)
     if not points:
         return None
-    figure, axes = _canvas("kB in the round")
+    figure, axes = canvas("kB in the round")
     rounds = [row["round"] for row in points]
     width = 0.4 * min((b - a for a, b in itertools.pairwise(rounds)), default=1)
     for column, offset, colour, hatch in (
@@ -179,7 +180,7 @@ def bytes_chart(rows: Sequence[Record]) -> Chart | None:
         (str(row["round"]), wording.size(row["bytes_up"]), wording.size(row.get("bytes_down"))) for row in points
     )
     columns = ("Round", "Sent by sites", "Received by sites")
-    return _chart(figure, Chart("bytes", "Data sent by round", caption, "", keys, columns, table))
+    return finished(figure, Chart("bytes", "Data sent by round", caption, "", keys, columns, table))
 
 
 def thin(rows: Sequence[Record]) -> list[Record]:
@@ -198,11 +199,13 @@ def _interval(row: Record) -> str:
     return wording.interval(row.get("accuracy_low"), row.get("accuracy_high")) or wording.ABSENT
 
 
-def _dashes(dash: str) -> tuple[int, tuple[int, ...]]:
+def dashes(dash: str) -> tuple[int, tuple[int, ...]]:
+    """A line style of matplotlib from SVG's."""
     return 0, tuple(int(length) for length in dash.split())
 
 
-def _canvas(y_label: str) -> tuple[Figure, Axes]:
+def canvas(y_label: str, x_label: str = "round") -> tuple[Figure, Axes]:
+    """An empty drawing in the report's own style, whatever the user's settings of matplotlib are."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -210,14 +213,15 @@ def _canvas(y_label: str) -> tuple[Figure, Axes]:
     with mpl.rc_context(RC):
         figure = Figure(figsize=SIZE_INCHES, layout="constrained")
         axes = figure.add_subplot()
-        axes.set_xlabel("round")
+        axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         axes.set_axisbelow(True)
     return figure, axes
 
 
-def _chart(figure: Figure, chart: Chart) -> Chart:
+def finished(figure: Figure, chart: Chart) -> Chart:
+    """A chart with its drawing."""
     svg = to_svg(figure, chart.ident, chart.heading, chart.caption)
     return Chart(chart.ident, chart.heading, chart.caption, svg, chart.legend, chart.columns, chart.rows)
 

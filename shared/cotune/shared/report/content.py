@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cotune.shared.report import charts, wording
+from cotune.shared.report import charts, hazards, wording
+from cotune.shared.report.adversaries import Adversary, adversary_rows, trusted_parties
+from cotune.shared.report.annexes import Annex, build_annexes
+from cotune.shared.report.attacks import Attacks, build_attacks, measured_charts
+from cotune.shared.report.budgets import Budget
 from cotune.shared.report.charts import Chart, Level
 from cotune.shared.report.evidence import Evidence, Privacy, Record
+from cotune.shared.report.footprint import footprint_facts
+from cotune.shared.report.groups import Groups, build_groups
 from cotune.shared.report.method import Fact, load_snippet, mechanism_facts, training_facts
+from cotune.shared.report.plainly import GLOSSARY, Answer, Term, plain_answers
+from cotune.shared.report.scores import Score, base_score, comparison, measure, reload_check, score_rows
 from cotune.shared.report.verdict import Verdict, build_verdict
 from cotune.shared.report.wording import ABSENT
 
-FEDERATED: dict[Privacy, str] = {
-    "private": "Federated, with differential privacy",
-    "none": "Federated, NOT PRIVATE",
-    "test-noise": "Federated, TEST NOISE: NOT PRIVATE",
-}
 OUTCOMES = {
     "queued": "Not started: nothing here is a result yet.",
     "running": "Still running: figures so far, not a result.",
@@ -41,18 +44,6 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Score:
-    """One row of the result table, as printed."""
-
-    name: str
-    accuracy: str
-    interval: str
-    loss: str
-    epsilon: str
-    examples: str
-
-
-@dataclass(frozen=True)
 class SiteRow:
     """One site's share of the run, as printed."""
 
@@ -74,6 +65,17 @@ class Note:
 
 
 @dataclass(frozen=True)
+class BudgetRow:
+    """What one site's data had paid for, as printed."""
+
+    site: str
+    before: str
+    this_run: str
+    together: str
+    remark: str
+
+
+@dataclass(frozen=True)
 class Content:
     """Everything a reader is told, in the order they are told it."""
 
@@ -86,6 +88,7 @@ class Content:
     measure: str
     scores: tuple[Score, ...]
     comparison: str
+    baselines_run: bool
     reload: str
     charts: tuple[Chart, ...]
     sites: tuple[SiteRow, ...]
@@ -94,6 +97,19 @@ class Content:
     mechanism: tuple[Fact, ...]
     notes: tuple[Note, ...]
     snippet: str
+    answers: tuple[Answer, ...]
+    glossary: tuple[Term, ...]
+    adversaries: tuple[Adversary, ...]
+    trusted: str
+    budgets: tuple[BudgetRow, ...]
+    attacks: Attacks
+    attack_charts: tuple[Chart, ...]
+    groups: Groups
+    footprint: tuple[Fact, ...]
+    hazards: tuple[hazards.Hazard, ...]
+    pyramid: tuple[hazards.Level, ...]
+    signers: tuple[str, ...]
+    annexes: tuple[Annex, ...]
 
 
 def build_content(evidence: Evidence) -> Content:
@@ -109,6 +125,7 @@ def build_content(evidence: Evidence) -> Content:
         measure=measure(evidence),
         scores=score_rows(evidence),
         comparison=comparison(evidence),
+        baselines_run=bool(evidence.summary.get("baselines")),
         reload=reload_check(evidence),
         charts=build_charts(evidence),
         sites=sites[:MAX_SITES],
@@ -117,6 +134,37 @@ def build_content(evidence: Evidence) -> Content:
         mechanism=mechanism_facts(evidence),
         notes=build_notes(evidence.events),
         snippet=load_snippet(evidence),
+        answers=plain_answers(evidence),
+        glossary=GLOSSARY,
+        adversaries=adversary_rows(evidence),
+        trusted=trusted_parties(evidence),
+        budgets=tuple(budget_row(budget) for budget in evidence.budgets),
+        attacks=build_attacks(evidence),
+        attack_charts=measured_charts(evidence),
+        groups=build_groups(evidence),
+        footprint=footprint_facts(evidence),
+        hazards=hazards.build_hazards(evidence),
+        pyramid=hazards.build_pyramid(evidence),
+        signers=tuple(evidence.signatures),
+        annexes=build_annexes(evidence),
+    )
+
+
+def budget_row(budget: Budget) -> BudgetRow:
+    """One site's account in figures; a site made for this run alone cannot have had another."""
+    without = "no bound"
+    remark = budget.fault
+    if budget.simulated:
+        remark = "simulated: its ledger was made for this run"
+    elif not remark:
+        remark = f"{budget.other_runs} other runs"
+    known = not budget.fault
+    return BudgetRow(
+        site=budget.site,
+        before=(without if budget.before is None else wording.epsilon(budget.before)) if known else ABSENT,
+        this_run=without if budget.this_run is None else wording.epsilon(budget.this_run),
+        together=(without if budget.together is None else wording.epsilon(budget.together)) if known else ABSENT,
+        remark=remark,
     )
 
 
@@ -131,73 +179,6 @@ def build_outcome(evidence: Evidence) -> Outcome:
     sentence = "All rounds are done." if closing else OUTCOMES.get(status, "State unknown.")
     hint = str(error.get("hint") or "")
     return Outcome(closing or status == "succeeded", status, sentence, rounds, message, hint)
-
-
-def base_score(evidence: Evidence) -> Record:
-    """The untouched base model's evaluation; empty when it was not scored."""
-    first = [row for row in evidence.federation_rows if row.get("round") == 0]
-    return evidence.summary.get("base") or (_evaluation(first[0]) if first else {})
-
-
-def federated_score(evidence: Evidence) -> tuple[Record, str]:
-    """The federated model's last evaluation, and a remark if it is not the final one."""
-    if evidence.summary.get("final"):
-        return evidence.summary["final"], ""
-    scored = [row for row in evidence.federation_rows if row.get("round") and row.get("valid_loss") is not None]
-    if not scored:
-        return {}, " (not scored yet)"
-    return _evaluation(scored[-1]), f" (after round {scored[-1]['round']}, not final)"
-
-
-def measure(evidence: Evidence) -> str:
-    """What the result table's first column of figures measures."""
-    seen = [base_score(evidence), federated_score(evidence)[0]]
-    return "Accuracy" if any(s.get("accuracy") is not None for s in seen) else "Token accuracy"
-
-
-def score_rows(evidence: Evidence) -> tuple[Score, ...]:
-    """Base model, federated model and baselines, the same figures for each."""
-    final, remark = federated_score(evidence)
-    base = base_score(evidence)
-    spent = wording.epsilon(evidence.epsilon) if evidence.privacy == "private" else "none: not private"
-    rows = [
-        _score("Base model, untouched", base, "no record used"),
-        _score(FEDERATED[evidence.privacy] + remark, final, spent),
-    ]
-    for baseline in evidence.summary.get("baselines") or []:
-        bound = baseline.get("epsilon")
-        void = bound is None or evidence.privacy == "test-noise"
-        text = "none: not private" if void else wording.epsilon(bound)
-        rows.append(_score(str(baseline.get("name", "baseline")), baseline.get("evaluation") or {}, text))
-    if measure(evidence) == "Accuracy":
-        return tuple(row for row, _ in rows)
-    return tuple(
-        Score(row.name, wording.percent(raw.get("token_accuracy")), "", row.loss, row.epsilon, row.examples)
-        for row, raw in rows
-    )
-
-
-def comparison(evidence: Evidence) -> str:
-    """Base against federated model in one sentence, with what the intervals allow one to say."""
-    base, (final, _) = base_score(evidence), federated_score(evidence)
-    if base.get("accuracy") is None or final.get("accuracy") is None:
-        return ""
-    before, after = wording.percent(base["accuracy"]), wording.percent(final["accuracy"])
-    sentence = f"Accuracy went from {before} (base model) to {after} (federated)"
-    bounds = [s.get(edge) for s in (base, final) for edge in ("accuracy_low", "accuracy_high")]
-    if None in bounds:
-        return f"{sentence}."
-    apart = final["accuracy_low"] > base["accuracy_high"] or base["accuracy_low"] > final["accuracy_high"]
-    return f"{sentence}; the 95 % intervals {'do not overlap' if apart else 'overlap: it may be chance'}."
-
-
-def reload_check(evidence: Evidence) -> str:
-    """Whether the adapter on disk behaves as the one that was trained."""
-    check: Record = evidence.summary.get("reload") or {}
-    if check.get("loss_saved") is None or check.get("loss_reloaded") is None:
-        return "The saved adapter has not been read back and scored."
-    saved, read = wording.decimal(check["loss_saved"]), wording.decimal(check["loss_reloaded"])
-    return f"The saved adapter was read back and scored: loss {read}, when it was saved {saved}."
 
 
 def build_charts(evidence: Evidence) -> tuple[Chart, ...]:
@@ -239,22 +220,6 @@ def build_notes(events: Sequence[Record]) -> tuple[Note, ...]:
         for event in events
         if event.get("level") in ("warn", "warning", "error")
     )
-
-
-def _evaluation(row: Record) -> Record:
-    return {**row, "loss": row.get("valid_loss")}
-
-
-def _score(name: str, evaluation: Record, epsilon: str) -> tuple[Score, Record]:
-    row = Score(
-        name=name,
-        accuracy=wording.percent(evaluation.get("accuracy")),
-        interval=wording.interval(evaluation.get("accuracy_low"), evaluation.get("accuracy_high")),
-        loss=wording.decimal(evaluation.get("loss")),
-        epsilon=epsilon,
-        examples=wording.count(evaluation.get("examples")),
-    )
-    return row, evaluation
 
 
 def _sites_so_far(evidence: Evidence) -> list[Record]:

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cotune.shared.errors import JobError
 from cotune.shared.job import Job
+from cotune.shared.report.budgets import Budget, read_budget
 from cotune.shared.runs import RunFolder
 
 Record = Mapping[str, Any]
 Privacy = Literal["private", "none", "test-noise"]
+SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
+BROKEN = "E-ATTACK-BOUND"
+MAX_BUDGETS = 50  # sites whose ledgers are read for the page; the others' are in the run folder
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """The run's own records. `summary`, `claim` and `hardware` are empty until they are written."""
+    """The run's own records. `summary`, `claim`, `hardware`, `attack` and `footprint` are empty until written.
+
+    Attributes:
+        attack: What `cotune attack` measured on this very claim.
+        stale_attack: Whether there are results of an attack on another run or claim, which say nothing here.
+        budgets: What each of the first sites' data had paid for; empty without a claim.
+        signatures: Who signed the claim: names of files in privacy/signatures without their ending.
+        checkpoint_files: Names of the files in the checkpoints that are kept.
+    """
 
     run_id: str
     job: Job
@@ -27,6 +41,12 @@ class Evidence:
     metrics: Sequence[Record]
     events: Sequence[Record]
     hardware: Record
+    attack: Record
+    stale_attack: bool
+    footprint: Record
+    budgets: Sequence[Budget]
+    signatures: Sequence[str]
+    checkpoint_files: Sequence[str]
 
     @property
     def privacy(self) -> Privacy:
@@ -37,6 +57,12 @@ class Evidence:
             return "test-noise"
         withdrawn = bool(self.claim) and not self.claim.get("guarantee")
         return "none" if withdrawn or self.summary.get("non_private") else "private"
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether an attack measured more than the claim allows; one record of it is enough."""
+        code = (self.state.get("error") or {}).get("code")
+        return code == BROKEN or self.attack.get("verdict") == "broken"
 
     @property
     def guarantee(self) -> Record:
@@ -65,18 +91,45 @@ def read_evidence(run: RunFolder) -> Evidence:
     Raises:
         JobError: A file is there but damaged.
     """
-    hardware = run.path / "env" / "hardware.json"
+    claim = run.claim() if (run.privacy / "claim.json").exists() else {}
+    attack = _optional(run.path / "attack" / "results.json")
+    ours = attack.get("run_id") == run.run_id and attack.get("claim_id") == claim.get("claim_id")
     return Evidence(
         run_id=run.run_id,
         job=run.job(),
         state=run.state(),
         summary=run.summary() if (run.path / "summary.json").exists() else {},
-        claim=run.claim() if (run.privacy / "claim.json").exists() else {},
+        claim=claim,
         metrics=run.metrics(),
         events=run.events(),
-        hardware=_hardware(hardware) if hardware.exists() else {},
+        hardware=_optional(run.path / "env" / "hardware.json"),
+        attack=attack if ours else {},
+        stale_attack=bool(attack) and not ours,
+        footprint=_optional(run.path / "env" / "footprint.json"),
+        budgets=_budgets(run, claim),
+        signatures=sorted(filter(SITE_NAME.fullmatch, (p.stem for p in (run.privacy / "signatures").glob("*.sig")))),
+        checkpoint_files=sorted({path.name for path in run.checkpoints.rglob("*") if path.is_file()}),
     )
 
 
-def _hardware(path: Path) -> Record:
-    return json.loads(path.read_text(encoding="utf-8"))
+def _optional(path: Path) -> Record:
+    """A JSON object, empty where there is no such file.
+
+    Raises:
+        JobError: It is no JSON object (E-RUN-FILE).
+    """
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise JobError("E-RUN-FILE", f"{path}: expected one JSON object", hint=f"remove {path.name}, or make it again")
+    return value
+
+
+def _budgets(run: RunFolder, claim: Record) -> tuple[Budget, ...]:
+    sites: Sequence[Record] = claim.get("sites") or []
+    named = [site for site in sites if SITE_NAME.fullmatch(str(site.get("id")))]
+    return tuple(read_budget(run.ledger(site["id"]), run.run_id, site) for site in named[:MAX_BUDGETS])

@@ -126,8 +126,7 @@ def mechanism_facts(evidence: Evidence) -> tuple[Fact, ...]:
         said: Record = evidence.claim.get(section) or {}
         facts += [Fact(prefix + _label(key), _value(value)) for key, value in said.items()]
     facts += [Fact("Released by each site", "; ".join(evidence.claim.get("releases") or []))]
-    attack = (evidence.claim.get("evidence") or {}).get("attack")
-    return (*facts, Fact("Measured attack", _value(attack))) if attack else tuple(facts)
+    return tuple(facts)
 
 
 def load_snippet(evidence: Evidence, folder: str = "adapter") -> str:

@@ -1,4 +1,9 @@
-"""The run's report: one HTML file that needs nothing else, for people who must decide about the run."""
+"""The run's report: one HTML file that needs nothing else, for people who must decide about the run.
+
+It has three parts in one page, each under a heading that says whom it is for: everyone, the privacy officer, the
+engineer. One page, because the parts rest on the same figures and a reader who doubts one must be able to follow it
+down; its first screen alone answers who is protected, against whom, how strongly, and what is not.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +11,26 @@ from importlib import resources
 from pathlib import Path
 
 from cotune.shared.files import storage_errors, write_atomic
+from cotune.shared.report import wording
 from cotune.shared.report.content import build_content
 from cotune.shared.report.evidence import read_evidence
 from cotune.shared.runs import RunFolder
 
 
-def write_report(run: RunFolder) -> Path:
+def write_report(run: RunFolder, page: str = "") -> Path:
     """Write ``report/index.html`` from what the run has recorded so far, and return its path.
 
     Works on a run in any state; what is missing is said to be missing. Equal records give equal bytes.
+
+    Args:
+        run: The run.
+        page: The page, where it has been rendered already.
 
     Raises:
         JobError: A file of the run is damaged.
         StorageError: The page could not be written.
     """
-    page = render(run)
+    page = page or render(run)
     path = run.path / "report" / "index.html"
     with storage_errors(path):
         path.parent.mkdir(exist_ok=True)
@@ -29,12 +39,25 @@ def write_report(run: RunFolder) -> Path:
 
 
 def render(run: RunFolder) -> str:
-    """The report as HTML text; every name in it is escaped."""
-    from jinja2 import Environment, StrictUndefined
+    """The report as HTML text; every name in it is escaped, and no character in it acts on whoever reads it."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(read_template("report.html.j2"))
-    return template.render(c=build_content(read_evidence(run))) + "\n"
+    environment = Environment(
+        autoescape=True,
+        finalize=only_readable,
+        loader=FunctionLoader(read_template),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(c=build_content(read_evidence(run))) + "\n"
+
+
+def only_readable(value: object) -> object:
+    """A value without control characters; what this package drew itself passes."""
+    from markupsafe import Markup
+
+    return wording.plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def read_template(name: str) -> str:

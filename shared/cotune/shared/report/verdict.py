@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cotune.shared.report import wording
+from cotune.shared.report.attacks import build_attacks
 from cotune.shared.report.evidence import Evidence, Record
 
 PERSON_LEVEL = "Persons. A person with several records has weaker protection than the figures here."
@@ -14,7 +15,13 @@ UNITS = {"example": "record", "unit": "person"}
 
 @dataclass(frozen=True)
 class Verdict:
-    """Four answers. `banner` is empty only for a run whose privacy can be claimed."""
+    """Four answers. `banner` is empty only for a run whose privacy can be claimed.
+
+    Attributes:
+        strength: How strongly, for a reader who knows no mathematics.
+        figures: The figures behind it, for one who does.
+        attacked: What an attack measured, in a sentence; empty where the answers say it.
+    """
 
     headline: str
     banner: str
@@ -22,6 +29,8 @@ class Verdict:
     who: str
     against: str
     strength: tuple[str, ...]
+    figures: tuple[str, ...]
+    attacked: str
     right_of_hundred: int | None
     uncovered: tuple[str, ...]
     statement: str
@@ -31,6 +40,8 @@ def build_verdict(evidence: Evidence) -> Verdict:
     """The verdict on a run as it stands; without a claim nothing is promised."""
     if evidence.privacy != "private":
         return _non_private(evidence)
+    if evidence.is_broken:
+        return _broken(evidence)
     return _claimed(evidence) if evidence.guarantee else _unclaimed(evidence)
 
 
@@ -49,15 +60,38 @@ def _non_private(evidence: Evidence) -> Verdict:
         who="Nobody: no guarantee holds for any record.",
         against="Nobody.",
         strength=("There is no epsilon. Whoever has the adapter may be able to tell, and reconstruct, what it saw.",),
+        figures=(),
+        attacked=build_attacks(evidence).sentence if evidence.attack else "",
         right_of_hundred=None,
         uncovered=("Everything. " + why,),
         statement="",
     )
 
 
+def _broken(evidence: Evidence) -> Verdict:
+    """A claim that a measurement contradicts is no claim any more; its own words are not repeated."""
+    error: Record = evidence.state.get("error") or {}
+    attacks = build_attacks(evidence)
+    measured = attacks.sentence if evidence.attack else str(error.get("message") or "")
+    return Verdict(
+        headline="The privacy claim does not hold",
+        banner="BROKEN BY ATTACK",
+        banner_text="An attack got more out of this adapter than its claim allows. Do not publish it; what trained it "
+        "has a fault.",
+        who="Nobody: the guarantee that was claimed is refuted.",
+        against="Nobody.",
+        strength=(measured, "The claimed figures are not to be relied on."),
+        figures=(),
+        attacked="",
+        right_of_hundred=None,
+        uncovered=("Everything, until the fault is found and the run is made again.",),
+        statement="",
+    )
+
+
 def _unclaimed(evidence: Evidence) -> Verdict:
     spent, ended = evidence.epsilon, evidence.state.get("status") in ("failed", "cancelled")
-    noun = _noun(evidence)
+    noun = noun_of(evidence)
     target = wording.epsilon(evidence.job.privacy.epsilon)
     strength = (f"The target is epsilon {target}.",)
     if spent:
@@ -73,6 +107,8 @@ def _unclaimed(evidence: Evidence) -> Verdict:
         against=f"The claim is to be for each single {noun} of any one site, against everyone outside that site, "
         "the coordinator included.",
         strength=strength,
+        figures=(),
+        attacked="",
         right_of_hundred=None,
         uncovered=(*((PERSON_LEVEL,) if noun == "record" else ()), ANOTHER_SITE.format(noun=noun)),
         statement="",
@@ -86,7 +122,7 @@ def _claimed(evidence: Evidence) -> Verdict:
     curve = [(point[0], point[1]) for point in guarantee.get("tradeoff") or []]
     right = wording.right_of_hundred(curve)
     listed = tuple(str(item) for item in evidence.claim.get("unprotected") or [])
-    noun = _noun(evidence)
+    noun = noun_of(evidence)
     return Verdict(
         headline=f"Each {noun} is protected with epsilon {wording.epsilon(evidence.epsilon)} "
         f"and delta {wording.delta(guarantee.get('delta'))}",
@@ -94,14 +130,17 @@ def _claimed(evidence: Evidence) -> Verdict:
         banner_text="",
         who=f"Each single {noun} of any one site: {definition or 'one row of its data'}.",
         against="Everyone outside that site, the coordinator included.",
-        strength=(*_odds(curve, right, noun), *_figures(guarantee, noun), *_persons(guarantee)),
+        strength=(*_odds(curve, right, noun), *_persons(guarantee)),
+        figures=_figures(guarantee, noun),
+        attacked=build_attacks(evidence).sentence,
         right_of_hundred=right,
         uncovered=listed,
         statement=str(evidence.claim.get("statement") or ""),
     )
 
 
-def _noun(evidence: Evidence) -> str:
+def noun_of(evidence: Evidence) -> str:
+    """What is protected, in one word."""
     return UNITS.get(evidence.job.privacy.level, "record")
 
 

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import PurePosixPath, PureWindowsPath
 
 ABSENT = "–"  # noqa: RUF001 - an en dash, as printed tables have it
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def plain(text: str) -> str:
+    """A text without characters that act instead of being read: control codes, escapes, changes of direction.
+
+    Line ends and tabs stay; anything else of the kind becomes one visible sign, so that nobody is misled by what is
+    left of it.
+    """
+    return "".join(
+        character
+        if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        else "\ufffd"
+        for character in text.replace("\r\n", "\n")
+    )
 
 
 def percent(share: float | None) -> str:
@@ -42,10 +57,20 @@ def epsilon(value: float | None) -> str:
 
 
 def delta(value: float | str | None) -> str:
-    """Delta in short scientific form: ``1e-5``; a setting not resolved yet stays a word."""
+    """Delta rounded up to three digits, in short form: ``1e-5``; a setting not resolved yet stays a word."""
     if value is None or isinstance(value, str):
         return value or ABSENT
+    if value > 0:
+        unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+        value = math.ceil(value / unit - 1e-9) * unit
     return re.sub(r"e([-+])0*(\d)", r"e\1\2", f"{value:.3g}")
+
+
+def small(value: float) -> str:
+    """A measured figure with three significant digits, never in powers of ten."""
+    if value <= 0 or not math.isfinite(value):
+        return "0" if value == 0 else ABSENT
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
 def size(number: float | None) -> str:

@@ -1,0 +1,38 @@
+"""What tells people of a run, made anew once more of it has become known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cotune.shared.files import write_atomic
+from cotune.shared.report.card import model_card
+from cotune.shared.report.page import render, write_report
+from cotune.shared.runs import RunFolder
+
+
+def renew(run: RunFolder) -> None:
+    """Write the report of a run anew, and its cards and its manifest where it has such.
+
+    All is made before any of it is written, so that the manifest is out of date for no longer than that takes.
+
+    Raises:
+        JobError: A file of the run is damaged; nothing was written.
+        StorageError: A file could not be written.
+    """
+    cards, page = _cards(run), render(run)
+    for path, card in cards.items():
+        write_atomic(path, card)
+    write_report(run, page)
+    if (run.path / "MANIFEST.json").exists():
+        run.write_manifest()
+
+
+def _cards(run: RunFolder) -> dict[Path, bytes]:
+    """The model card of the run's adapter and of each site's own, by file; none for a run that has no adapter."""
+    own = sorted(run.personal.iterdir()) if run.personal.is_dir() else []
+    adapters = {run.adapter: None, **{folder: folder.name for folder in own}}
+    return {
+        folder / "README.md": model_card(run, site).encode()
+        for folder, site in adapters.items()
+        if (folder / "adapter_config.json").exists()
+    }
