@@ -30,9 +30,9 @@ def attack(examined: Examined) -> str:
         require(said["verdict"] == NOTHING, "nothing is claimed, the attack's verdict says otherwise")
         return "the claim promises nothing; there is nothing to break"
     audits, canaries = said["run"]["audit"], said["run"]["canaries"]
-    single = canaries is None or examined.job.privacy.level == "unit"
+    units = 1 if canaries is None or examined.job.privacy.level == "unit" else int(canaries["rows_each"])
     for audit in audits:
-        _require_below(examined, audit, 1 if single else int(canaries["rows_each"]))
+        _require_below(examined, audit, units)
     require(said["verdict"] == "holds", "the attack's verdict is that the claim does not hold")
     return f"{len(audits)} audits, no lower bound above the claim"
 
