@@ -29,10 +29,10 @@ def attack(examined: Examined) -> str:
     if claim["guarantee"] is None:
         require(said["verdict"] == NOTHING, "nothing is claimed, the attack's verdict says otherwise")
         return "the claim promises nothing; there is nothing to break"
-    audits, canaries = said["run"]["audit"], said["run"]["canaries"]
-    units = 1 if canaries is None or examined.job.privacy.level == "unit" else int(canaries["rows_each"])
+    audits, canaries = said["run"]["audit"], said["run"]["canaries"] or {}
+    rows = int(canaries.get("rows_each", 1))
     for audit in audits:
-        _require_below(examined, audit, units)
+        _require_below(examined, audit, 1 if examined.job.privacy.level == "unit" else rows)
     require(said["verdict"] == "holds", "the attack's verdict is that the claim does not hold")
     return f"{len(audits)} audits, no lower bound above the claim"
 
