@@ -28,7 +28,7 @@ def test_a_run_that_was_not_attacked_says_so_and_how_to(whole_run):
 def test_what_was_measured_stands_beside_what_is_claimed(build):
     run = build().rounds(3).finished().claimed().attacked().run
     found = attacks_of(run)
-    assert found.standing == "holds"
+    assert found.standing == "not refuted"
     assert "at least epsilon 0.40 (95 % confidence); claimed is at most 7.80: within the claim" in found.sentence
     assert "0 of 10 came out of this model; from the same training without privacy, 9 of 10" in found.sentence
     (bound,) = found.bounds
@@ -38,7 +38,11 @@ def test_what_was_measured_stands_beside_what_is_claimed(build):
     (secret,) = found.secrets
     assert (secret.run_told, secret.control_told) == (False, True)
     text = Page(render(run)).text
-    assert "The claim held." in text and "the secret came out" in text and "a weaker attack may have had luck" in text
+    assert (
+        "Nothing was found against the claim." in text
+        and "the secret came out" in text
+        and "a weaker attack may have had luck" in text
+    )
     assert [chart.ident for chart in measured_charts(read_evidence(run))] == ["membership", "exposure", "leak"]
 
 

@@ -49,6 +49,7 @@ def test_an_audit_counts_as_a_test_only_if_it_could_have_refuted_the_claim(build
     run = builder.attacked(run=enough).run
     assert statuses(run)["Batches are not sampled as accounted"] == "tested"
     assert blocks(run)["Algorithm"] == "tested"
+    assert "The claim held." in Page(render(run)).text
 
 
 @pytest.mark.parametrize("privacy", [{"level": "none"}, {"noise": "test"}])

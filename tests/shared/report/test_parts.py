@@ -136,6 +136,8 @@ def test_in_plain_words_weak_protection_is_not_called_strong(build):
 
     assert answer([[0.2, 0.9]]).startswith("Quite possibly") and "85 times" in answer([[0.2, 0.9]])
     assert answer([[0.4, 0.5]]).startswith("Hardly better than by guessing") and "55 times" in answer([[0.4, 0.5]])
+    assert answer([[0.3, 0.7]]).startswith("Better than by guessing") and "70 times" in answer([[0.3, 0.7]])
+    assert answer([[0.0, 1.0]]).startswith("Quite possibly") and "100 times" in answer([[0.0, 1.0]])
     run = build(privacy={"level": "none"}).rounds(3).finished().claimed().run
     assert dict(plain_answers(read_evidence(run)))["Could somebody find out that I was in the data?"].startswith("Yes.")
 

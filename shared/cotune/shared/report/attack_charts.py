@@ -111,7 +111,7 @@ def leak_chart(leakage: Record) -> Chart | None:
         f"From one update without privacy an attacker reads {wording.percent(without)} of a sentence's tokens, with "
         f"this run's clipping and noise {wording.percent(with_noise)} ({tried}, "
         f"adapter of rank {wording.count(leakage.get('rank'))}"
-        f"{'; ' + note if note else ''})."
+        f"). {note}"
     )
     keys = (Key("plain gradient", VERMILLION, bar=True), Key("clipped and noised", BLUE, bar=True))
     table = (("without privacy", wording.percent(without)), ("with privacy", wording.percent(with_noise)))

@@ -12,7 +12,7 @@ from cotune.shared.report.charts import Chart
 from cotune.shared.report.evidence import Evidence, Record
 from cotune.shared.report.wording import ABSENT
 
-Standing = Literal["not run", "holds", "broken", "not tested", "nothing claimed"]
+Standing = Literal["not run", "holds", "not refuted", "broken", "not tested", "nothing claimed"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,10 @@ class Secret:
 
 @dataclass(frozen=True)
 class Attacks:
-    """All of it. With standing "not run" the rest is empty but for `sentence`, which says how to run it."""
+    """All of it. A claim that no audit could have refuted is "not refuted".
+
+    With standing "not run" the rest is empty but for `sentence`, which says how to run it.
+    """
 
     standing: Standing
     sentence: str
@@ -92,7 +95,10 @@ def _standing(evidence: Evidence) -> Standing:
         return "broken"
     if not evidence.guarantee:
         return "nothing claimed"
-    return "holds" if evidence.attack.get("verdict") == "holds" else "not tested"
+    if evidence.attack.get("verdict") != "holds":
+        return "not tested"
+    able = any(could_refute(audit) for audit in (evidence.attack.get("run") or {}).get("audit") or [])
+    return "holds" if able else "not refuted"
 
 
 def strongest(run: Record) -> Record:
@@ -212,8 +218,8 @@ def _secrets(run: Record, control: Record) -> tuple[Secret, ...]:
     rows: list[Secret] = []
     for one in _examples(run) or _examples(control):
         prompt, secret = str(one.get("prompt", "")), str(one.get("secret", ""))
-        said = str(one.get("said", "")) if _examples(run) else ABSENT
-        other = str(others[prompt].get("said", "")) if prompt in others else ABSENT
+        said = str(one.get("said") or "(nothing)") if _examples(run) else ABSENT
+        other = str(others[prompt].get("said") or "(nothing)") if prompt in others else ABSENT
         rows.append(Secret(prompt, secret, said, _told(secret, said), other, _told(secret, other)))
     return tuple(rows)
 

@@ -41,6 +41,9 @@ GLOSSARY = (
 )
 
 
+DEGREES = ((60, "Hardly better than by guessing"), (75, "Better than by guessing"), (100, "Quite possibly"))
+
+
 def plain_answers(evidence: Evidence) -> tuple[Answer, ...]:
     """What was done, what is given away, what somebody may learn from it, and how to check."""
     return (
@@ -77,12 +80,10 @@ def _found_out(evidence: Evidence) -> str:
         return "This run makes no statement on it."
     noun = noun_of(evidence)
     some = "one row of yours" if noun == "record" else "you"
+    degree = next(word for most, word in DEGREES if right <= most)
     return (
-        f"Hardly better than by guessing, if {right - 50} more right answers in 100 is little to you: whoever guesses "
-        f"whether {some} took part is right 50 times in 100 by chance, and at most {right} times with this model."
-        if right < 75
-        else f"Quite possibly: whoever guesses whether {some} took part is right 50 times in 100 by chance, and up to "
-        f"{right} times with this model."
+        f"{degree}: whoever guesses whether {some} took part is right 50 times in 100 by chance, and at most {right} "
+        "times with this model."
     )
 
 
