@@ -59,12 +59,12 @@ class Attacks:
         if reader is None:
             return found
         if canaries:
-            guesses = self.tried("canaries", lambda: _guessed(reader, canaries))
+            guesses = self.tried("canaries", lambda: guessed(reader, canaries))
             found["audit"] = (self.tried("lower bounds", lambda: _audited(self.run, guesses)) or []) if guesses else []
         if secrets:
             found["exposure"] = self.tried("exposure of secrets", lambda: exposures(reader, secrets))
             found["secrets"] = self.tried("extraction of secrets", lambda: extracted(reader, secrets))
-        found["membership"] = self.tried("membership", lambda: _membership(reader, job))
+        found["membership"] = self.tried("membership", lambda: member_inference(reader, job))
         return found
 
     def tried(self, what: str, attack: Callable[[], T]) -> T | None:
@@ -108,7 +108,7 @@ def _counted(canaries: Sequence[Planted], job: Job) -> dict[str, Any]:
     }
 
 
-def _guessed(reader: Reader, canaries: Sequence[Planted]) -> audit.Guesses:
+def guessed(reader: Reader, canaries: Sequence[Planted]) -> audit.Guesses:
     """Guesses by how much training lowered each canary's loss."""
     gains = reader.losses([record_of(one, reader.job) for one in canaries]).gains()
     return audit.guess(gains, [one.coin for one in canaries])
@@ -147,7 +147,7 @@ def claimed_events(run: RunFolder) -> list[Event]:
     return [event for site in sites[: run.job().data.sites_per_unit] for event in events_of(accounts[site["id"]])]
 
 
-def _membership(reader: Reader, job: Job) -> dict[str, Any]:
+def member_inference(reader: Reader, job: Job) -> dict[str, Any]:
     """Rows that were trained on against rows that were not, beside a population of further held-out rows."""
     chance = Random(job.run.seed)  # noqa: S311 - which rows are tried is no secret
     members, held_out = _training_rows(job), _held_out_rows(job)

@@ -19,8 +19,9 @@ from cotune.shared.privacy.event import DpSgdEvent, Event, NonPrivateEvent
 CONFIDENCE = 0.95
 GUESSED = 0.2  # share of the coins that is guessed, fixed in advance: to try several would need a correction
 LARGEST_EPSILON = 50.0
-HALVINGS = 16
-FACTORS = (2.0**-6, 2.0**6)  # of noise, between which a refuted mechanism is looked for
+EPSILON_HALVINGS = 32
+HALVINGS = 7  # of an octave of noise: to half a percent
+QUIETEST = 2.0**6  # times the noise, or that noise, from which a refuted mechanism is looked for
 STEPS_OF_CURVE = np.geomspace(1e-4, 1.0, 500)
 
 Floats = NDArray[np.floating]
@@ -72,7 +73,7 @@ def lower_bound(guesses: Guesses, delta: float) -> float:
     low, high = 0.0, LARGEST_EPSILON
     if p_value(guesses, low, delta) > 1 - CONFIDENCE:
         return 0.0
-    for _ in range(2 * HALVINGS):
+    for _ in range(EPSILON_HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if p_value(guesses, middle, delta) <= 1 - CONFIDENCE else (low, middle)
     return low
@@ -101,13 +102,16 @@ def lower_bound_of(guesses: Guesses, hypothesis: Hypothesis, delta: float) -> fl
         hypothesis: The mechanism with so many times the noise; see `as_claimed` and `gaussian`.
         delta: Of the epsilon.
     """
-    quiet, loud = (math.log(factor) for factor in FACTORS)
-    if not refuted(guesses, hypothesis(math.exp(loud))):
+    noise, loudest = QUIETEST, 1 / QUIETEST  # quiet ones are priced faster
+    if not refuted(guesses, hypothesis(noise)):
         return 0.0
+    while noise > loudest and refuted(guesses, hypothesis(noise / 2)):
+        noise /= 2
+    unrefuted = noise / 2
     for _ in range(HALVINGS):
-        middle = (quiet + loud) / 2
-        quiet, loud = (quiet, middle) if refuted(guesses, hypothesis(math.exp(middle))) else (middle, loud)
-    return epsilon(hypothesis(math.exp(loud)), delta)
+        middle = math.sqrt(unrefuted * noise)
+        unrefuted, noise = (unrefuted, middle) if refuted(guesses, hypothesis(middle)) else (middle, noise)
+    return epsilon(hypothesis(noise), delta)
 
 
 def gaussian(factor: float) -> Sequence[Event]:

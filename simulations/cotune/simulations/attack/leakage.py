@@ -88,9 +88,9 @@ def _first_layer(job: Job) -> FirstLayer:
     if job.task.kind == "classify":
         raise _unreadable("the model is a classifier, whose first layer also reads positions")
     model = load_model(base, job.replace(train={"checkpointing": False, "compile": False}))
-    layers = getattr(model.base_model, "layers", None)
-    module = getattr(getattr(layers[0], "self_attn", None), MODULE, None) if layers is not None else None
-    if module is None or not hasattr(layers[0], "input_layernorm") or not hasattr(model.base_model, "rotary_emb"):
+    first: Any = next(iter(getattr(model.base_model, "layers", ())), None)
+    module = getattr(getattr(first, "self_attn", None), MODULE, None)
+    if module is None or not hasattr(first, "input_layernorm") or not hasattr(model.base_model, "rotary_emb"):
         raise _unreadable(f"its first layer has no {MODULE} that reads each token by itself")
     rank = min(RANK, *module.weight.shape)
     changes = {"r": rank, "alpha": float(rank), "target_modules": (MODULE,), "last_layers": "all", "ranks": {}}
@@ -99,8 +99,8 @@ def _first_layer(job: Job) -> FirstLayer:
     for name, parameter in trainable(adapted).items():
         parameter.requires_grad_(".layers.0." in name)
     with torch.no_grad():
-        words = layers[0].input_layernorm(model.get_input_embeddings().weight).float()
-        inner = layers[0].self_attn.v_proj.lora_A["default"].weight
+        words = first.input_layernorm(model.get_input_embeddings().weight).float()
+        inner = first.self_attn.v_proj.lora_A["default"].weight
         return FirstLayer(Network(adapted, narrow), words @ inner.float().T, int(module.weight.shape[0]))
 
 
