@@ -42,7 +42,8 @@ COMPLIANCE := runs/compliance-$(shell date +%Y%m%d-%H%M%S)
 compliance-demo: setup ## Plant secrets, train with privacy and without, attack both, write the report.
 	$(BIN)/cotune simulate recipe:compliance --out $(COMPLIANCE) $(ARGS)
 	$(BIN)/cotune simulate recipe:compliance --out $(COMPLIANCE) --canaries-of $(COMPLIANCE)/*-compliance \
-	  run.name=open privacy.level=none train.optimizer=adamw train.learning_rate=0.01 --i-know $(ARGS)
+	  run.name=open privacy.level=none train.optimizer=adamw train.learning_rate=0.01 train.batch_size=64 \
+	  --i-know $(ARGS)
 	$(BIN)/cotune attack $(COMPLIANCE)/*-compliance --control $(COMPLIANCE)/*-open
 	$(BIN)/cotune verify $(COMPLIANCE)/*-compliance
 

@@ -50,7 +50,7 @@ def measure(target: str, seed: int, folder: Path, like: RunFolder | None) -> tup
     run = prepare_run("recipe:compliance", [*JOB, *how, f"run.seed={seed}"], folder, lambda _line: None, like)
     run_inline(run, folder / "kept")
     sorted(run.checkpoints.glob("round-*"))[-1].rename(run.adapter)
-    reader, job = Reader(run), run.job()
+    reader, job = Reader(run, folder / "kept"), run.job()
     events = [mechanism_of(job).event(job.steps)]
     delta = NOMINAL_DELTA if job.privacy.delta == "auto" or not job.is_private else job.privacy.delta
     hypothesis = audit.as_claimed(events) if job.is_private else audit.gaussian

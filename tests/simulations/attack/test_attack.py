@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from cotune.shared.runs import BROKEN, RunFolder
 from cotune.shared.verification import verify_run
 from cotune.simulations.attack import attacking, audit, results
 from cotune.simulations.attack.audit import Guesses
+from cotune.simulations.attack.canaries import planted_in, record_of
+from cotune.simulations.attack.exposure import extracted
+from cotune.simulations.attack.reader import Reader
 
 LABELS = ("cardio", "derma", "pulmo")
 WORDS = ("fever", "heart", "eye", "bone", "tooth", "pain", "chronic", "acute", "left", "right", "upper")
@@ -343,3 +347,21 @@ def test_verify_catches_an_accountant_that_was_reset_each_round(runs: dict[str, 
     write_json(run.privacy / "claim.json", {**claim, "claim_id": claim_id(claim)})
     run.write_manifest()
     assert "epsilon" in [check.name for check in verify_run(run) if not check.passed]
+
+
+def test_digits_the_model_cannot_tell_apart_are_no_exposure(trained: dict[str, Path]) -> None:
+    """The tiny model's vocabulary has no digits: all secrets look alike to it, and none counts as found out."""
+    found = attacking.Attacks(RunFolder(trained["control"]), lambda _line: None).results()
+    assert found["exposure"]["values"] == pytest.approx([1.0] * 3, abs=0.05)
+
+
+def test_what_the_model_says_of_its_own_accord_is_recovered(trained: dict[str, Path]) -> None:
+    run = RunFolder(trained["control"])
+    reader = Reader(run)
+    secret = next(one for one in planted_in(run) if one.kind == "secret")
+    wordy = replace(secret, answer=" fever cough heart")
+    said = reader.text(reader.say([record_of(wordy, run.job())])[0][0])
+    for answer, count in ((said, 1), (" ".join(reversed(said.split())) + " lung", 0)):
+        found = extracted(reader, [replace(secret, answer=f" {answer}")])
+        assert found["recovered"] == count
+        assert (found["tokens_recovered"] == 1.0) == bool(count)

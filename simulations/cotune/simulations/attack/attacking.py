@@ -37,12 +37,14 @@ class Attacks:
         run: The run; nothing in it is changed.
         say: Hears of each step.
         prefix: What its limits begin with.
+        kept: See `Reader`.
         limits: What could not be tried, and why; it grows.
     """
 
     run: RunFolder
     say: Say
     prefix: str = ""
+    kept: Path | None = None
     limits: list[str] = field(default_factory=list)
 
     def results(self) -> dict[str, Any]:
@@ -50,7 +52,7 @@ class Attacks:
         found: dict[str, Any] = {"canaries": None, "audit": [], "exposure": None, "membership": None, "secrets": None}
         self._note_scope()
         planted = self.tried("planted units", lambda: _planted(self.run)) or []
-        reader = self.tried("released adapter", lambda: _reader(self.run))
+        reader = self.tried("released adapter", lambda: _reader(self.run, self.kept))
         canaries = [one for one in planted if one.kind == "canary"]
         secrets = [one for one in planted if one.kind == "secret"]
         job = self.run.job()
@@ -92,11 +94,11 @@ def _planted(run: RunFolder) -> list[Planted]:
     return planted_in(run)
 
 
-def _reader(run: RunFolder) -> Reader:
+def _reader(run: RunFolder, kept: Path | None) -> Reader:
     if not (run.adapter / "adapter_model.safetensors").exists():
         status = run.state()["status"]
         raise ModelError("E-ADAPTER", f"the run is {status} and has published none; nothing can be asked of it")
-    return Reader(run)
+    return Reader(run, kept)
 
 
 def _counted(canaries: Sequence[Planted], job: Job) -> dict[str, Any]:

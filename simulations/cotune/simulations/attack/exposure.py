@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from random import SystemRandom
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from cotune.simulations.attack.canaries import Planted, random_digits, record_of
 from cotune.simulations.attack.reader import Reader
 
-ALTERNATIVES = 100  # other digits a secret is ranked among, itself included
+ALTERNATIVES = 64  # other digits a secret is ranked among, itself included
 SHOWN = 10
 LISTED = 200
 
@@ -21,11 +21,10 @@ LISTED = 200
 def exposures(reader: Reader, secrets: Sequence[Planted]) -> dict[str, Any]:
     """Exposure in bits of each secret: log2 of the alternatives less log2 of its rank (Carlini et al. 2019, section 4).
 
-    The rank is by the released model's loss among other random digits after the same prompt. A secret nobody learnt
-    has any rank with equal chance.
+    The rank is by the released model's loss among other random digits after the same prompt, the same for every run.
+    A secret nobody learnt has any rank with equal chance.
     """
-    chance = SystemRandom()
-    values = [_exposure(reader, secret, chance) for secret in secrets]
+    values = [_exposure(reader, secret) for secret in secrets]
     return {
         "mean": float(np.mean(values)),
         "median": float(np.median(values)),
@@ -35,23 +34,23 @@ def exposures(reader: Reader, secrets: Sequence[Planted]) -> dict[str, Any]:
     }
 
 
-def _exposure(reader: Reader, secret: Planted, chance: SystemRandom) -> float:
-    others = {secret.answer}
+def _exposure(reader: Reader, secret: Planted) -> float:
+    chance, others = Random(secret.id), {secret.answer}  # noqa: S311 - what is guessed is no secret
     while len(others) < ALTERNATIVES:
         others.add(" " + random_digits(chance))
     answers = [secret.answer, *sorted(others - {secret.answer})]
     losses = reader.released_losses([record_of(replace(secret, answer=text), reader.job) for text in answers])
-    rank = 1 + int((losses[1:] < losses[0]).sum())
+    rank = 1 + float((losses[1:] < losses[0]).sum()) + float((losses[1:] == losses[0]).sum()) / 2
     return math.log2(ALTERNATIVES) - math.log2(rank)
 
 
 def extracted(reader: Reader, secrets: Sequence[Planted]) -> dict[str, Any]:
     """Which secrets the released model says when it is given the prompt and decoded greedily."""
-    answers = [reader.say(record_of(secret, reader.job)) for secret in secrets]
-    shares = [float(np.mean(np.equal(said, wanted))) for said, wanted in answers]
+    said, wanted = reader.say([record_of(secret, reader.job) for secret in secrets])
+    shares = [float(np.mean(np.equal(*pair))) for pair in zip(said, wanted, strict=True)]
     examples = [
-        {"prompt": secret.prompt, "secret": secret.answer.strip(), "said": reader.text(said).strip()}
-        for secret, (said, _) in zip(secrets, answers, strict=True)
+        {"prompt": secret.prompt, "secret": secret.answer.strip(), "said": reader.text(words).strip()}
+        for secret, words in zip(secrets, said, strict=True)
     ]
     return {
         "planted": len(secrets),

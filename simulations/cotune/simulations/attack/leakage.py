@@ -29,7 +29,7 @@ from cotune.shared.network import Network
 from cotune.shared.privacy.mechanism import Mechanism, mechanism_of
 from cotune.shared.records import read_records
 
-RANK, TOKENS, TRIALS = 32, 24, 8
+RANK, TOKENS, TRIALS = 32, 24, 24
 FEWEST_TOKENS = 4
 MODULE = "v_proj"
 NOMINAL_NOISE = 1.0  # for a run that has none

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,17 @@ LARGEST_LOSS = 1e4  # what counts for a model that has lost its numbers
 class Reader:
     """What anybody can do who was given a run's adapter.
 
+    Args:
+        run: The run.
+        kept: A folder in which attacks on runs with one base find what its frozen layers make of rows; None: none.
+
     Raises:
         ModelError: The adapter or its base does not load.
     """
 
-    def __init__(self, run: RunFolder) -> None:
+    def __init__(self, run: RunFolder, kept: Path | None = None) -> None:
         self.job = run.local_job()
+        self._kept = kept
         base = locate(self.job)
         self.tokenizer: Any = load_tokenizer(base)
         self._adapted = load_adapter(load_model(base, self.job), run.adapter)
@@ -38,7 +44,7 @@ class Reader:
     def losses(self, records: Sequence[Record]) -> Losses:
         """Each record's loss by the base and by the released model, both from one pass of the frozen layers."""
         examples = tokenize(records, self.tokenizer, self.job)
-        features = Features(self._network, examples)
+        features = Features(self._network, examples, self._kept)
         with self._adapted.disable_adapter():
             base = self._losses(examples, features)
         return Losses(base, self._losses(examples, features))
@@ -46,7 +52,7 @@ class Reader:
     def released_losses(self, records: Sequence[Record]) -> Floats:
         """Each record's loss by the released model alone."""
         examples = tokenize(records, self.tokenizer, self.job)
-        return self._losses(examples, Features(self._network, examples))
+        return self._losses(examples, Features(self._network, examples, self._kept))
 
     @torch.no_grad()
     def _losses(self, examples: Sequence[Example], features: Features) -> Floats:
@@ -58,16 +64,24 @@ class Reader:
         return np.nan_to_num(found, nan=LARGEST_LOSS, posinf=LARGEST_LOSS)
 
     @torch.no_grad()
-    def say(self, record: Record) -> tuple[list[int], list[int]]:
-        """What it says to a record's prompt, greedily, and what the record's answer is: as many tokens each."""
-        example = tokenize([record], self.tokenizer, self.job.replace(task={"end_token": False}))[0]
-        said: list[int] = []
-        for _ in example.ids[example.start :]:
-            asked = Example((*example.ids[: example.start], *said, 0), example.start + len(said))
-            logits, _, _ = self._network.logits([asked], None)
-            said.append(int(logits[-1].argmax()))
-        return said, list(example.ids[example.start :])
+    def say(self, records: Sequence[Record]) -> tuple[list[list[int]], list[list[int]]]:
+        """What it says to each record's prompt, greedily, and each record's answer: as many tokens of either."""
+        examples = tokenize(records, self.tokenizer, self.job.replace(task={"end_token": False}))
+        answers = [list(example.ids[example.start :]) for example in examples]
+        said: list[list[int]] = [[] for _ in records]
+        for depth in range(max(map(len, answers))):
+            open_ = [place for place, answer in enumerate(answers) if len(answer) > depth]
+            asked = [_continued(examples[place], said[place]) for place in open_]
+            logits, _, _ = self._network.logits(asked, None)
+            for place, best in zip(open_, logits.argmax(-1).tolist(), strict=True):
+                said[place].append(int(best))
+        return said, answers
 
     def text(self, ids: Sequence[int]) -> str:
         """Tokens as text."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _continued(example: Example, said: Sequence[int]) -> Example:
+    """A prompt with what was said so far, asking for one token more."""
+    return Example((*example.ids[: example.start], *said, 0), example.start + len(said))

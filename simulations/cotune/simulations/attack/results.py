@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 
 from cotune.shared.errors import CotuneError, JobError, RunFailed
@@ -36,12 +38,13 @@ def attack_run(run: RunFolder, control: RunFolder | None, say: Say) -> dict[str,
     began = time.monotonic()
     if control is not None:
         _check_control(run, control)
-    with run.held():
-        attacks = Attacks(run, say)
+    with run.held(), tempfile.TemporaryDirectory(prefix="cotune-attack-") as folder:
+        kept = Path(folder) if control is not None and _one_base(run, control) else None
+        attacks = Attacks(run, say, kept=kept)
         found = attacks.results()
         beside = None
         if control is not None:
-            beside = Attacks(control, say, "control: ", attacks.limits).results()
+            beside = Attacks(control, say, "control: ", kept, attacks.limits).results()
         leakage = attacks.tried("gradient leakage", lambda: gradient_leakage(run.local_job()))
         claim = run.claim() if (run.privacy / "claim.json").exists() else {}
         results = {
@@ -93,6 +96,12 @@ def _check_control(run: RunFolder, control: RunFolder) -> None:
         )
     if control.job().is_private:
         raise JobError("E-ATTACK-CONTROL", f"{control.run_id} is private: a control gives none", param="--control")
+
+
+def _one_base(run: RunFolder, control: RunFolder) -> bool:
+    """Whether the frozen layers of both are the same."""
+    one, other = run.job(), control.job()
+    return (one.model, one.lora.last_layers) == (other.model, other.lora.last_layers)
 
 
 def _write(run: RunFolder, results: Mapping[str, Any]) -> None:
