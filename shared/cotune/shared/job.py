@@ -22,6 +22,7 @@ from cotune.shared.sections import (
     HOME,
     SITE,
     AggregationSettings,
+    AuditSettings,
     DataSettings,
     EvalSettings,
     FederationSettings,
@@ -52,6 +53,7 @@ class Job(Section):
     aggregation: AggregationSettings = Field(default_factory=lambda: AggregationSettings.model_validate({}))
     transport: TransportSettings = Field(default_factory=lambda: TransportSettings.model_validate({}))
     eval: EvalSettings = Field(default_factory=lambda: EvalSettings.model_validate({}))
+    audit: AuditSettings = Field(default_factory=lambda: AuditSettings.model_validate({}))
     simulation: SimulationSettings = Field(default_factory=lambda: SimulationSettings.model_validate({}))
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ privacy/                   claim.json accountant.json heads.json statement.txt l
                            claim.schema.json allowed_signers signatures/NAME.sig
 sites/                     homes of simulated sites, until the run has ended
 inputs/SHA256.jsonl        a deployed run's public rows, which its job names by their hash
+attack/canaries.jsonl      what a simulation planted, with the coins; attack/results.json what attacks found
 report/index.html          env/hardware.json env/lock.txt
 """
 
@@ -40,6 +41,7 @@ from cotune.shared.sections import CONTENT
 
 Engine = Literal["flower", "inline", "deployed"]
 Status = Literal["queued", "awaiting_approval", "running", "paused", "succeeded", "failed", "cancelled"]
+BROKEN = "E-ATTACK-BOUND"  # the error of a run that gave away more than it claims, whenever that is found out
 OVER: tuple[Status, ...] = ("paused", "succeeded", "failed", "cancelled")
 METRIC_COLUMNS = (
     "round", "site", "valid_loss", "accuracy", "accuracy_low", "accuracy_high", "accuracy_gap", "examples",
@@ -87,6 +89,11 @@ class RunFolder:
     def inputs(self) -> Path:
         """Public rows of a deployed run, each file named by its SHA-256."""
         return self.path / "inputs"
+
+    @property
+    def attack(self) -> Path:
+        """What was planted among the records, and what attacks on the run found."""
+        return self.path / "attack"
 
     def ledger(self, site: str) -> Path:
         """A site's ledger as it was when the run ended."""

@@ -228,6 +228,22 @@ class EvalSettings(Section):
         return self
 
 
+class AuditSettings(Section):
+    """What a simulation plants among its records, to be looked for afterwards by `cotune attack`.
+
+    All of it is synthetic. A canary or secret is one unit of one site, and counts in the public numbers of units.
+    """
+
+    canaries: int = Field(0, ge=0, le=100_000, description="candidates: each is put in or left out by a secret coin")
+    secrets: int = Field(0, ge=0, le=10_000, description="planted secrets: a public prompt and random digits")
+    rows_each: int = Field(1, ge=1, le=1000, description="rows of each, all of one made-up person")
+
+    @property
+    def planted(self) -> int:
+        """How many units there may be that no data file has."""
+        return self.canaries + self.secrets
+
+
 class SimulationSettings(Section):
     """How many sites train at once on this machine."""
 

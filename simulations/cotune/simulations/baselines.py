@@ -43,6 +43,7 @@ def add_baselines(run: RunFolder, *, quiet: bool) -> None:
 
 
 def _variants(job: Job, folder: Path) -> Iterator[tuple[str, Job]]:
+    job = job.replace(audit={"canaries": 0, "secrets": 0})  # what a baseline reads is in its files
     files = {site: _write(folder / f"{site}.jsonl", site_records(job, site)) for site in site_names(job)}
     for site, file in files.items():
         alone = {"train": None, "sites": {site: file}, "split": "iid", "split_column": None}

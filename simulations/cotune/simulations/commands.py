@@ -13,7 +13,7 @@ from cotune.shared.cli import show
 from cotune.shared.errors import CotuneError, JobError, StorageError
 from cotune.shared.files import read_lines
 from cotune.shared.finding import find_run
-from cotune.shared.runs import Engine, RunFolder
+from cotune.shared.runs import BROKEN, Engine, RunFolder
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON envelope.")]
 ORPHAN_S = 30.0  # processes of a killed run end within seconds; one that holds it longer is alive
@@ -75,6 +75,10 @@ def simulate(
     sites: Annotated[int | None, typer.Option(help="Short for federation.sites=N.")] = None,
     out: Annotated[Path, typer.Option(help="Folder the run's folder is made in.")] = Path("runs"),
     baselines: Annotated[bool, typer.Option("--baselines", help="Also: each site alone, no privacy, pooled.")] = False,
+    canaries_of: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Plant that run's canaries and secrets: a control to compare with."),
+    ] = None,
     i_know: Annotated[bool, typer.Option("--i-know", help="Run a job that gives no privacy at all.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Events as JSON lines, then one envelope.")] = False,
@@ -83,7 +87,8 @@ def simulate(
     from cotune.simulations.scenario import prepare_run
 
     settings = [*(overrides or []), *([f"federation.sites={sites}"] if sites else [])]
-    run = prepare_run(job, settings, out, _silent if quiet or as_json else _say)
+    like = find_run(canaries_of) if canaries_of else None
+    run = prepare_run(job, settings, out, _silent if quiet or as_json else _say, like)
     _require_consent(run, i_know)
     if not quiet and not as_json:
         _say(f"run {run.run_id} in {run.path}")
@@ -132,6 +137,9 @@ def _silent(_line: str) -> None:
 def _interrupted(run: RunFolder) -> RunFolder:
     """A run that can go on, queued again."""
     state = run.state()
+    if (state["error"] or {}).get("code") == BROKEN:
+        what = f"{run.run_id} has ended, and an attack got more out of it than it claims: going on would hide that"
+        raise JobError("E-RUN-OVER", what, param="RUN", hint="cotune simulate run.toml")
     if _is_whole(run):
         _tidy(run)
         raise JobError("E-RUN-OVER", f"{run.run_id} has succeeded: there is nothing to go on with", param="RUN")

@@ -33,6 +33,7 @@ from cotune.shared.runs import RunFolder, create_run
 from cotune.shared.sections import HOME, DataSettings
 from cotune.shared.update import Answer
 from cotune.shared.warm import warm_network
+from cotune.simulations.attack.canaries import plant, planted_records
 from cotune.simulations.partition import split
 from cotune.simulations.population import check_sites
 
@@ -58,8 +59,12 @@ def recipe_path(name: str) -> Path:
     return Path(str(resources.files("cotune.simulations") / "recipes" / f"{name}.toml"))
 
 
-def prepare_run(source: str, overrides: Sequence[str], out: Path, say: Callable[[str], None]) -> RunFolder:
+def prepare_run(
+    source: str, overrides: Sequence[str], out: Path, say: Callable[[str], None], planted_as: RunFolder | None = None
+) -> RunFolder:
     """Read, resolve and check a job with all its data, and make its run folder.
+
+    With `planted_as`, its canaries and secrets are that run's.
 
     Raises:
         CotuneError: Anything that would make the run fail later and can be known now.
@@ -75,6 +80,7 @@ def prepare_run(source: str, overrides: Sequence[str], out: Path, say: Callable[
     say("base model (fetched and converted the first time) ...")
     plan = make_plan(job, locate(job))
     run = create_run(out, job, path.read_bytes())
+    plant(run, site_names(job), planted_as)
     write_json(run.path / "plan.json", plan.to_dict())
     return run
 
@@ -174,12 +180,16 @@ def _begun(run_id: str) -> RunFolder:
 
 
 class SimulatedRecords:
-    """`SiteData` of a simulation: any site of any job."""
+    """`SiteData` of a simulation: any site of a run's job, with what the run plants there."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
 
     def load(self, job: Job, site: str, dataset: DatasetPolicy) -> SiteExamples:
         """One site's records as examples with their units."""
         del dataset  # `site_records` asks the same policy
-        return prepare(site_records(job, site), warm_network(job)[1], job)
+        records = [*site_records(job, site), *planted_records(self._run, job, site)]
+        return prepare(records, warm_network(job)[1], job)
 
 
 def answer_plan(plan: RoundPlan, adapter: Payload) -> Answer:
@@ -196,7 +206,8 @@ def answer_plan(plan: RoundPlan, adapter: Payload) -> Answer:
     try:
         trainer = warm_trainer(plan.job)
         home = site_home(plan.run_id, plan.site, plan.job, trainer.model_sha256)
-        return Site(Guard(home), SimulatedRecords(), work / plan.site).train(plan, adapter, trainer, progress)
+        data = SimulatedRecords(_begun(plan.run_id))
+        return Site(Guard(home), data, work / plan.site).train(plan, adapter, trainer, progress)
     except CotuneError as error:
         failure = failure_of(plan.site, error)
         if error.code == "E-SITE-DATA" and home is not None and home.is_simulated:  # whoever simulates owns the records

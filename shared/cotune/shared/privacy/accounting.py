@@ -97,11 +97,8 @@ def tradeoff_curve(events: Iterable[Event], false_positive_rates: Sequence[float
     if not private:
         return [(rate, 1.0 if private is None else rate) for rate in false_positive_rates]
     private = credited(private)
-    if not any(map(is_sampled, private)):
-        return [(rate, _gaussian_power(rate, joint_noise(private))) for rate in false_positive_rates]
-    return [
-        (rate, power) for rate, power in zip(false_positive_rates, _powers(private, false_positive_rates), strict=True)
-    ]
+    powers = _powers if any(map(is_sampled, private)) else _gaussian_powers
+    return list(zip(false_positive_rates, powers(private, false_positive_rates), strict=True))
 
 
 def _powers(events: tuple[PrivateEvent, ...], rates: Sequence[float]) -> list[float]:
@@ -117,10 +114,10 @@ def _powers(events: tuple[PrivateEvent, ...], rates: Sequence[float]) -> list[fl
     return powers
 
 
-def _gaussian_power(rate: float, noise_multiplier: float) -> float:
-    from scipy.stats import norm
+def _gaussian_powers(events: tuple[PrivateEvent, ...], rates: Sequence[float]) -> list[float]:
+    from scipy.special import ndtr, ndtri
 
-    return float(norm.cdf(norm.ppf(rate) + 1 / noise_multiplier))
+    return ndtr(ndtri(rates) + 1 / joint_noise(events)).tolist()
 
 
 def delta_profile(events: Iterable[Event], epsilons: Sequence[float]) -> list[tuple[float, float]]:
