@@ -20,7 +20,7 @@ from tests.integration.tampered_world import World, make_world, sign_as_coordina
 from cotune.shared.checking.checks import Check, run_checks
 from cotune.shared.checking.examined import Examined
 from cotune.shared.errors import CotuneError
-from cotune.shared.report.card import write_cards
+from cotune.shared.report.card import cards
 from cotune.shared.runs import RunFolder
 from cotune.shared.verification import CHECKS
 
@@ -47,7 +47,8 @@ def judged(world: World, cheat: Cheat, folder: Path, *, alone: bool = False) -> 
     cheat.do(run, world)
     if not alone and cheat.check != "card":
         with contextlib.suppress(CotuneError, KeyError):  # of a claim that is none, no card can be made
-            write_cards(run)
+            for path, card in cards(run).items():
+                path.write_bytes(card)
     if cheat.who == "coordinator":
         sign_as_coordinator(run, world.coordinator)
     if cheat.what != WITHOUT_MANIFEST:

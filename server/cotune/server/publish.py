@@ -24,7 +24,7 @@ from cotune.shared.job import Job
 from cotune.shared.methods import save
 from cotune.shared.model import BaseModel
 from cotune.shared.privacy.claim import ClaimSubject, build_claim, charged, site_costs, statement_text
-from cotune.shared.report.card import personal_folders, write_cards
+from cotune.shared.report.card import cards, personal_folders
 from cotune.shared.report.page import write_report
 from cotune.shared.runs import RunFolder
 
@@ -79,7 +79,8 @@ def publish(
     write_atomic(run.privacy / "statement.txt", statement_text(claim).encode())
     summary = _summary(run, outcome, claim["sites"], adapted, engine)
     write_json(run.path / "summary.json", {**summary, "reload": reload_check})
-    write_cards(run)
+    for path, card in cards(run).items():
+        write_atomic(path, card)
     run.write_metrics_csv()
     run.set_state("succeeded", int(summary["rounds"]))
     write_report(run)

@@ -1,8 +1,7 @@
 """The run folder: everything a run leaves behind, readable while it runs and after.
 
-run.toml resolved.toml plan.json state.json summary.json MANIFEST.json
-events.jsonl metrics.jsonl metrics.csv checkpoints.jsonl
-checkpoints/round-00005/   the two newest, each a plain PEFT folder
+run.toml resolved.toml plan.json state.json summary.json events.jsonl metrics.jsonl metrics.csv MANIFEST.json
+checkpoints/round-00005/   the two newest, each a plain PEFT folder; checkpoints.jsonl: the hash of each
 adapter/                   the result, a plain PEFT folder with a filled model card
 personal/SITE/             such a folder for each site, by rules that give each an adapter of its own
 privacy/                   claim.json accountant.json heads.json statement.txt ledgers/SITE.jsonl

@@ -14,7 +14,7 @@ from cotune.shared.checking.ledgers import costliest
 from cotune.shared.privacy.group import epsilon_group
 
 SCHEMA = "cotune/attack/1"
-NOTHING = "nothing claimed"
+NOTHING, UNTESTED = "nothing claimed", "not tested"
 
 
 def attack(examined: Examined) -> str:
@@ -33,7 +33,8 @@ def attack(examined: Examined) -> str:
     rows = int(canaries.get("rows_each", 1))
     for audit in audits:
         _require_below(examined, audit, 1 if examined.job.privacy.level == "unit" else rows)
-    require(said["verdict"] == "holds", "the attack's verdict is that the claim does not hold")
+    verdict = "holds" if audits else UNTESTED
+    require(said["verdict"] == verdict, "the attack's verdict is that the claim does not hold")
     return f"{len(audits)} audits, no lower bound above the claim"
 
 

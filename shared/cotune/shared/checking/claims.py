@@ -107,16 +107,17 @@ def summary(examined: Examined) -> str:
 
 def card(examined: Examined) -> str:
     """Whether each model card is what the run's own records give, and so says what the claim says."""
-    from cotune.shared.report.card import model_card, personal_folders
+    from cotune.shared.report.card import cards
 
     run, _ = examined.run, examined.claim
-    sites = [(folder, folder.name) for folder in personal_folders(run)]
-    for folder, site in [(run.adapter, None), *sites]:
-        path = folder / "README.md"
+    wanted = cards(run)
+    require(run.adapter / "README.md" in wanted, f"{run.adapter.name}: {UNPUBLISHED}")
+    for path, card in wanted.items():
+        folder = path.parent
         require(path.is_file(), f"{folder.name}/README.md: {UNPUBLISHED}")
-        said, made = path.read_text(encoding="utf-8").split("\n"), model_card(run, site).split("\n")
+        said, made = path.read_text(encoding="utf-8").split("\n"), card.decode().split("\n")
         if said != made:
             pairs: list[tuple[Any, Any]] = list(zip([*said, None], [*made, None], strict=False))
             number = next(n for n, (one, other) in enumerate(pairs, 1) if one != other)
             raise Failed(f"{folder.name}/README.md line {number} is not what the run's records give")
-    return f"{len(sites) + 1} model cards, as the run's records give them"
+    return f"{len(wanted)} model cards, as the run's records give them"

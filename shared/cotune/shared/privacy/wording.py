@@ -153,5 +153,5 @@ def _one_unit(job: Job) -> str:
 
 def _rounded_up(value: float) -> str:
     """Three digits, never below the value: a claim may not say less than was computed."""
-    text = f"{value:.3g}"
-    return text if float(text) >= value else f"{value * 1.005:.3g}"
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.ceil(value / unit - 1e-9) * unit:.3g}"

@@ -7,7 +7,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from cotune.shared.files import write_atomic
 from cotune.shared.report import wording
 from cotune.shared.report.annexes import annex_xi
 from cotune.shared.report.content import Content, build_content
@@ -55,16 +54,20 @@ def model_card(run: RunFolder, site: str | None = None) -> str:
     )
 
 
-def write_cards(run: RunFolder) -> None:
-    """Write the cards of the run's adapter and of each site's own; anew whenever what they say of the run grew."""
-    write_atomic(run.adapter / "README.md", model_card(run).encode())
-    for folder in personal_folders(run):
-        write_atomic(folder / "README.md", model_card(run, folder.name).encode())
+def cards(run: RunFolder) -> dict[Path, bytes]:
+    """The card of the run's adapter and of each site's own, by file; none of an adapter that is not there.
+
+    Raises:
+        JobError: A file of the run is damaged.
+    """
+    owners = {run.adapter: None, **{folder: folder.name for folder in personal_folders(run)}}
+    there = {folder: site for folder, site in owners.items() if (folder / "adapter_config.json").exists()}
+    return {folder / "README.md": model_card(run, site).encode() for folder, site in there.items()}
 
 
 def personal_folders(run: RunFolder) -> list[Path]:
     """The folders of the sites' own adapters, in order; none but by rules that make such."""
-    return sorted(run.personal.iterdir()) if run.job().rule.personal else []
+    return sorted(run.personal.iterdir()) if run.personal.is_dir() else []
 
 
 def front_matter(evidence: Evidence, content: Content) -> str:

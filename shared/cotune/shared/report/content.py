@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cotune.shared.report import charts, hazards, wording
 from cotune.shared.report.adversaries import Adversary, adversary_rows, trusted_parties
 from cotune.shared.report.annexes import Annex, build_annexes
-from cotune.shared.report.attacks import Attacks, build_attacks, measured_charts
+from cotune.shared.report.attacks import Attacks, build_attacks
 from cotune.shared.report.budgets import Budget
 from cotune.shared.report.charts import Chart, Level
 from cotune.shared.report.evidence import Evidence, Privacy, Record
@@ -90,7 +90,6 @@ class Content:
     comparison: str
     baselines_run: bool
     reload: str
-    charts: tuple[Chart, ...]
     sites: tuple[SiteRow, ...]
     sites_left_out: int
     training: tuple[Fact, ...]
@@ -103,7 +102,6 @@ class Content:
     trusted: str
     budgets: tuple[BudgetRow, ...]
     attacks: Attacks
-    attack_charts: tuple[Chart, ...]
     groups: Groups
     footprint: tuple[Fact, ...]
     hazards: tuple[hazards.Hazard, ...]
@@ -127,7 +125,6 @@ def build_content(evidence: Evidence) -> Content:
         comparison=comparison(evidence),
         baselines_run=bool(evidence.summary.get("baselines")),
         reload=reload_check(evidence),
-        charts=build_charts(evidence),
         sites=sites[:MAX_SITES],
         sites_left_out=max(0, len(sites) - MAX_SITES),
         training=training_facts(evidence),
@@ -140,7 +137,6 @@ def build_content(evidence: Evidence) -> Content:
         trusted=trusted_parties(evidence),
         budgets=tuple(budget_row(budget) for budget in evidence.budgets),
         attacks=build_attacks(evidence),
-        attack_charts=measured_charts(evidence),
         groups=build_groups(evidence),
         footprint=footprint_facts(evidence),
         hazards=hazards.build_hazards(evidence),

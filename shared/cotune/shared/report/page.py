@@ -12,7 +12,8 @@ from pathlib import Path
 
 from cotune.shared.files import storage_errors, write_atomic
 from cotune.shared.report import wording
-from cotune.shared.report.content import build_content
+from cotune.shared.report.attacks import measured_charts
+from cotune.shared.report.content import build_charts, build_content
 from cotune.shared.report.evidence import read_evidence
 from cotune.shared.runs import RunFolder
 
@@ -50,7 +51,9 @@ def render(run: RunFolder) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2").render(c=build_content(read_evidence(run))) + "\n"
+    evidence = read_evidence(run)
+    drawn = {"charts": build_charts(evidence), "attack_charts": measured_charts(evidence)}
+    return environment.get_template("report.html.j2").render(c=build_content(evidence), **drawn) + "\n"
 
 
 def only_readable(value: object) -> object:

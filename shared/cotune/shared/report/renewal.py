@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from cotune.shared.files import write_atomic
-from cotune.shared.report.card import model_card
+from cotune.shared.report.card import cards
 from cotune.shared.report.page import render, write_report
 from cotune.shared.runs import RunFolder
 
@@ -19,20 +17,9 @@ def renew(run: RunFolder) -> None:
         JobError: A file of the run is damaged; nothing was written.
         StorageError: A file could not be written.
     """
-    cards, page = _cards(run), render(run)
-    for path, card in cards.items():
+    made, page = cards(run), render(run)
+    for path, card in made.items():
         write_atomic(path, card)
     write_report(run, page)
     if (run.path / "MANIFEST.json").exists():
         run.write_manifest()
-
-
-def _cards(run: RunFolder) -> dict[Path, bytes]:
-    """The model card of the run's adapter and of each site's own, by file; none for a run that has no adapter."""
-    own = sorted(run.personal.iterdir()) if run.personal.is_dir() else []
-    adapters = {run.adapter: None, **{folder: folder.name for folder in own}}
-    return {
-        folder / "README.md": model_card(run, site).encode()
-        for folder, site in adapters.items()
-        if (folder / "adapter_config.json").exists()
-    }

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from cotune.shared.errors import CotuneError, JobError, RunFailed
 from cotune.shared.files import storage_errors, write_json
-from cotune.shared.report.page import write_report
+from cotune.shared.report.renewal import renew
 from cotune.shared.runs import BROKEN, RunFolder
 from cotune.simulations.attack.attacking import Attacks, Say
 from cotune.simulations.attack.canaries import canaries_sha256
@@ -108,10 +108,7 @@ def _write(run: RunFolder, results: Mapping[str, Any]) -> None:
     with storage_errors(run.attack):
         run.attack.mkdir(exist_ok=True)
     write_json(run.attack / "results.json", results)
-    whole = (run.path / "MANIFEST.json").exists()
     error = broken_claim(results)
     if error is not None:
         run.set_state("failed", int(run.state()["round"]), error)
-    write_report(run)
-    if whole:
-        run.write_manifest()
+    renew(run)
