@@ -3,8 +3,8 @@
     python benchmarks/attacks.py                        # twelve runs, three seeds; goes on where it was interrupted
     python benchmarks/attacks.py --epsilons 8 inf --seeds 1
 
-The job is the compliance demonstration's with more canaries and no secrets; runs of one seed share canaries. The
-adapter that is attacked is the last round's. CPU seconds are a run's and its attacks', on one thread.
+The job is the compliance demonstration's with one site of 120 notes, 100 candidates and no secrets; runs of one seed
+share canaries. The last round's adapter is attacked. CPU seconds are a run's and its attacks', on one thread.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from cotune.shared.datasets import dataset_path
 from cotune.shared.privacy.accounting import epsilon
 from cotune.shared.privacy.mechanism import mechanism_of
 from cotune.shared.runs import RunFolder
@@ -29,11 +30,22 @@ from cotune.simulations.federation import run_inline
 from cotune.simulations.scenario import prepare_run
 
 RESULTS = Path(__file__).parent / "results" / "attacks-amd-epyc-2-cores.json"
-WITHOUT = ("privacy.level=none", "train.optimizer=adamw", "train.learning_rate=0.01")
+WITHOUT = ("privacy.level=none", "train.optimizer=adamw", "train.learning_rate=0.01", "train.batch_size=64")
+ROWS = {"train": 120, "eval": 200}
 JOB = (
-    "run.name=attacks", "audit.secrets=0", "audit.canaries=180", "eval.choices=[]", "eval.limit=4", "eval.every=1000",
-    "simulation.workers=1", "simulation.threads=1",
+    "run.name=attacks", "run.rounds=4", "federation.sites=1", "federation.min_sites=1", "data.records_per_site=320",
+    "data.units_per_site=160", "train.batch_size=32", "audit.secrets=0", "audit.canaries=100", "audit.rows_each=4",
+    "eval.choices=[]", "eval.limit=4", "eval.every=1000", "simulation.workers=1", "simulation.threads=1",
 )  # fmt: skip
+
+
+def write_rows(folder: Path) -> list[str]:
+    """The first of the demonstration's notes, as one site's records and held-out ones; returns settings that say so."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in ROWS.items():
+        lines = dataset_path(f"notes/{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(lines[:count]), encoding="utf-8")
+    return [f"data.train={folder / 'train.jsonl'}", f"eval.data={folder / 'eval.jsonl'}"]
 
 
 def measure(target: str, seed: int, folder: Path, like: RunFolder | None) -> tuple[RunFolder, dict[str, Any]]:
@@ -41,13 +53,14 @@ def measure(target: str, seed: int, folder: Path, like: RunFolder | None) -> tup
 
     Args:
         target: Epsilon; `inf` is no privacy.
-        seed: Of the split, the frozen A and the rows that are tried.
+        seed: Of where A starts and of the rows that are tried.
         folder: Where runs go, and what frozen layers made of records.
         like: The run whose canaries this one has.
     """
     began = time.process_time()
     how = WITHOUT if target == "inf" else (f"privacy.epsilon={target}",)
-    run = prepare_run("recipe:compliance", [*JOB, *how, f"run.seed={seed}"], folder, lambda _line: None, like)
+    settings = [*JOB, *write_rows(folder), *how, f"run.seed={seed}"]
+    run = prepare_run("recipe:compliance", settings, folder, lambda _line: None, like)
     run_inline(run, folder / "kept")
     sorted(run.checkpoints.glob("round-*"))[-1].rename(run.adapter)
     reader, job = Reader(run, folder / "kept"), run.job()
