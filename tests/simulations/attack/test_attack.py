@@ -20,12 +20,12 @@ from cotune.shared.privacy.mechanism import mechanism_of
 from cotune.shared.runs import BROKEN, RunFolder
 from cotune.shared.verification import verify_run
 from cotune.simulations.attack import attacking, audit, results
-from cotune.simulations.attack.audit import Guesses
 from cotune.simulations.attack.canaries import planted_in, record_of
 from cotune.simulations.attack.exposure import extracted
 from cotune.simulations.attack.reader import Reader
 
 LABELS = ("cardio", "derma", "pulmo")
+pytestmark = pytest.mark.slow
 WORDS = ("fever", "heart", "eye", "bone", "tooth", "pain", "chronic", "acute", "left", "right", "upper")
 NUMBER, NULLABLE = {"type": "number"}, {"type": ["number", "null"]}
 PERCENT = {"type": "number", "minimum": 0, "maximum": 1}
@@ -276,7 +276,7 @@ def test_a_bound_above_the_claim_fails_the_run_for_good(
     runs: dict[str, RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = runs["private"]
-    monkeypatch.setattr(attacking, "guessed", lambda *_: Guesses(5000, 1000, 1000))
+    monkeypatch.setattr(audit, "lower_bound", lambda *_: 99.0)
     monkeypatch.setattr(audit, "lower_bound_of", lambda *_: 0.0)  # the other bound suffices, and takes no time
     code, said = cotune("attack", str(run.path))
     assert (code, said["error"]["code"]) == (1, BROKEN)
@@ -359,9 +359,15 @@ def test_what_the_model_says_of_its_own_accord_is_recovered(trained: dict[str, P
     run = RunFolder(trained["control"])
     reader = Reader(run)
     secret = next(one for one in planted_in(run) if one.kind == "secret")
-    wordy = replace(secret, answer=" fever cough heart")
-    said = reader.text(reader.say([record_of(wordy, run.job())])[0][0])
-    for answer, count in ((said, 1), (" ".join(reversed(said.split())) + " lung", 0)):
-        found = extracted(reader, [replace(secret, answer=f" {answer}")])
+    asked = [replace(secret, prompt=word, answer=" fever cough heart") for word in WORDS]
+    answers = [(reader.text(said), said) for said in reader.say([record_of(one, run.job()) for one in asked])[0]]
+    plain = [  # without tokens that are read as others once they are text
+        (one, text)
+        for one, (text, said) in zip(asked, answers, strict=True)
+        if reader.tokenizer(f" {text}", add_special_tokens=False)["input_ids"] == said
+    ]
+    wordy, said = plain[0]
+    for answer, count in ((said, 1), (f"{said} lung tooth cough", 0)):
+        found = extracted(reader, [replace(wordy, answer=f" {answer}")])
         assert found["recovered"] == count
         assert (found["tokens_recovered"] == 1.0) == bool(count)
