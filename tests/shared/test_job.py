@@ -94,6 +94,9 @@ OTHERS: dict[str, object] = {
     "eval.every": 2,
     "eval.limit": 10,
     "eval.choices": ["a", "b"],
+    "audit.canaries": 12,
+    "audit.secrets": 2,
+    "audit.rows_each": 3,
     "simulation.workers": 1,
     "simulation.threads": 1,
 }

@@ -167,7 +167,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_causal: Path) -> dict
     folder = tmp_path_factory.mktemp("attacked")
     job, made = str(study(folder, tiny_causal)), {}
     plants = ["audit.canaries=40", "audit.secrets=3"]
-    private = ["privacy.noise_multiplier=1.0", "privacy.delta=1e-5"]
+    private = ["privacy.noise_multiplier=2.0", "privacy.delta=1e-5"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COTUNE_CACHE", str(folder / "cache"))
         patch.setattr(publish, "_reload", lambda _run, loss: {"loss_saved": loss, "loss_reloaded": loss})  # seconds
@@ -358,10 +358,13 @@ def test_digits_the_model_cannot_tell_apart_are_no_exposure(trained: dict[str, P
 def test_what_the_model_says_of_its_own_accord_is_recovered(trained: dict[str, Path]) -> None:
     run = RunFolder(trained["control"])
     reader = Reader(run)
-    secret = next(one for one in planted_in(run) if one.kind == "secret")
-    wordy = replace(secret, answer=" fever cough heart")
-    said = reader.text(reader.say([record_of(wordy, run.job())])[0][0])
-    for answer, count in ((said, 1), (" ".join(reversed(said.split())) + " lung", 0)):
-        found = extracted(reader, [replace(secret, answer=f" {answer}")])
+    for one in planted_in(run):
+        said = reader.text(reader.say([record_of(one, run.job())])[0][0])
+        if all(word.isalpha() for word in said.split()) and len(said.split()) > 1:
+            break
+    else:
+        pytest.fail("the tiny model answers no prompt in words")
+    for answer, count in ((said, 1), (" ".join(said.split()[:-1]) + " tooth eye", 0)):
+        found = extracted(reader, [replace(one, answer=f" {answer}")])
         assert found["recovered"] == count
         assert (found["tokens_recovered"] == 1.0) == bool(count)
