@@ -31,7 +31,7 @@ from cotune.simulations.scenario import prepare_run
 
 RESULTS = Path(__file__).parent / "results" / "attacks-amd-epyc-2-cores.json"
 WITHOUT = ("privacy.level=none", "train.optimizer=adamw", "train.learning_rate=0.01", "train.batch_size=64")
-ROWS = {"train": 120, "eval": 200}
+ROWS = {"train": 120, "eval": 150}
 JOB = (
     "run.name=attacks", "run.rounds=4", "federation.sites=1", "federation.min_sites=1", "data.records_per_site=320",
     "data.units_per_site=160", "train.batch_size=32", "audit.secrets=0", "audit.canaries=100", "audit.rows_each=4",

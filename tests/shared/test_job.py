@@ -95,6 +95,9 @@ OTHERS: dict[str, object] = {
     "eval.limit": 10,
     "eval.choices": ["a", "b"],
     "eval.group_column": "ward",
+    "audit.canaries": 12,
+    "audit.secrets": 2,
+    "audit.rows_each": 3,
     "simulation.workers": 1,
     "simulation.threads": 1,
 }

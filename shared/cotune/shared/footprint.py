@@ -104,7 +104,7 @@ def _stopped(tracker: Any, where: str | None) -> dict[str, Any] | None:
     return {
         "energy_kwh": float(figures.energy_consumed),
         "co2_kg": float(figures.emissions),
-        "seconds": round(float(figures.duration), 1),
+        "seconds": round(float(figures.duration), 3),
         "how": f"{how}; memory by its size; codecarbon {figures.codecarbon_version}",
         "country": f"{figures.country_name} ({where})" if where else WORLD,
     }

@@ -167,7 +167,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_causal: Path) -> dict
     folder = tmp_path_factory.mktemp("attacked")
     job, made = str(study(folder, tiny_causal)), {}
     plants = ["audit.canaries=40", "audit.secrets=3"]
-    private = ["privacy.noise_multiplier=1.0", "privacy.delta=1e-5"]
+    private = ["privacy.noise_multiplier=2.0", "privacy.delta=1e-5"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COTUNE_CACHE", str(folder / "cache"))
         patch.setattr(publish, "_reload", lambda _run, loss: {"loss_saved": loss, "loss_reloaded": loss})  # seconds

@@ -20,6 +20,15 @@ def test_a_small_decoder_gives_its_sentence_away_and_noise_hides_it(make_job: Ma
     assert found["noise_multiplier"] == 2.0
 
 
+def test_a_job_about_persons_that_plants_several_rows_of_each_is_tried_as_well(make_job: MakeJob) -> None:
+    job = make_job(
+        data={"unit": "column:label", "units_per_site": 30},
+        privacy={"level": "unit", "noise_multiplier": 2.0},
+        audit={"canaries": 12, "rows_each": 3},
+    )
+    assert gradient_leakage(job)["recovered_without_dp"] > 0.8
+
+
 def test_a_run_without_noise_is_compared_with_a_nominal_one_and_says_so(make_job: MakeJob) -> None:
     found = gradient_leakage(make_job(privacy={"level": "none"}))
     assert found["noise_multiplier"] is None

@@ -106,7 +106,7 @@ def _counted(canaries: Sequence[Planted], job: Job) -> dict[str, Any]:
         "candidates": len(canaries),
         "inserted": sum(one.coin for one in canaries),
         "rows_each": canaries[0].rows,
-        "unit": "person" if job.privacy.level == "unit" else "record",
+        "unit": "person" if job.privacy.level == "unit" or canaries[0].rows > 1 else "record",
     }
 
 

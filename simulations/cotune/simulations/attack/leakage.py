@@ -26,7 +26,7 @@ from cotune.shared.job import Job
 from cotune.shared.methods import attach, trainable
 from cotune.shared.model import load_model, load_tokenizer, locate
 from cotune.shared.network import Network
-from cotune.shared.privacy.mechanism import Mechanism, mechanism_of
+from cotune.shared.privacy.mechanism import Mechanism
 from cotune.shared.records import read_records
 
 RANK, TOKENS, TRIALS = 32, 24, 24
@@ -67,9 +67,9 @@ def gradient_leakage(job: Job) -> dict[str, Any]:
     layer = _first_layer(job)
     sentences = _sentences(job, min(TOKENS, 3 * layer.rank // 4))
     noise = job.privacy.noise_multiplier if job.is_private and job.privacy.noise_multiplier != "auto" else None
-    private = mechanism_of(job.replace(privacy=_one_step(noise or NOMINAL_NOISE)))
+    private, plain = (_one_release(job, multiplier) for multiplier in (noise or NOMINAL_NOISE, 0.0))
     stream, gradients = secure_stream(), PerExampleGradients(layer.network)
-    without = [_recovered(layer, gradients, one, _plain(private), stream) for one in sentences]
+    without = [_recovered(layer, gradients, one, plain, stream) for one in sentences]
     with_dp = [_recovered(layer, gradients, one, private, stream) for one in sentences]
     return {
         "model": locate(job).name,
@@ -108,18 +108,14 @@ def _unreadable(why: str) -> ModelError:
     return ModelError("E-ATTACK-LEAK", f"gradient leakage was not tried: {why}", param="model.base")
 
 
-def _one_step(noise: float) -> dict[str, object]:
-    """Privacy settings of one step with plain clipping."""
-    return {"level": "example", "noise": "secure", "noise_multiplier": noise, "clipping": "flat", "metrics": "none"}
-
-
-def _plain(mechanism: Mechanism) -> Mechanism:
+def _one_release(job: Job, noise: float) -> Mechanism:
+    """One sentence's gradient as the job would release it, with this noise; with none, it is not clipped either."""
     return Mechanism(
         sampling_probability=1.0,
-        expected_batch_size=mechanism.expected_batch_size,
-        clipping_norm=mechanism.clipping_norm,
-        noise_multiplier=0.0,
-        private=False,
+        expected_batch_size=1,
+        clipping_norm=job.privacy.clipping_norm,
+        noise_multiplier=noise,
+        private=noise > 0,
     )
 
 
