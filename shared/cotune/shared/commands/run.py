@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cotune.shared.cli import show, show_failed
-from cotune.shared.errors import JobError, RunFailed
+from cotune.shared.errors import JobError, RunFailed, did_you_mean
 from cotune.shared.files import write_atomic
 from cotune.shared.finding import find_run
 
@@ -26,10 +26,16 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="Any JSONL; default: the run's own evaluation file.")] = None,
     job: Annotated[Path | None, typer.Option(help="Job file that names the base model, for a lone adapter.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Score the base model without the adapter.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first rows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score only so many rows, or pairs of sentences.")] = None,
+    bias: Annotated[
+        str | None, typer.Option(metavar="SET", help="Instead: how often stereotypes are likelier (stereoset).")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Score a run or adapter: loss, token accuracy, and accuracy where the answers can be listed."""
+    if bias:
+        _measure_bias(run, bias, limit, as_json)
+        return
     from cotune.shared.report.wording import plain
     from cotune.shared.scoring import score
 
@@ -43,6 +49,19 @@ def evaluate(
         spread = f"{row['accuracy_low']:.3f} to {row['accuracy_high']:.3f}"
         lines.append(f"  {plain(row['group'])}: {row['accuracy']:.3f}  ({spread}, {row['examples']} rows)")
     show(scored.to_dict(), as_json=as_json, text="\n".join(lines))
+
+
+def _measure_bias(run: str, bias: str, limit: int | None, as_json: bool) -> None:
+    from cotune.shared.report.renewal import renew
+    from cotune.shared.stereotypes import SETS, measure_stereotypes, text_of
+
+    if bias not in SETS:
+        what = f"`{bias}` is not a set of sentence pairs; known: {', '.join(SETS)}.{did_you_mean(bias, SETS)}"
+        raise JobError("E-BIAS-SET", what, param="--bias", hint=f"cotune eval {run} --bias {SETS[0]}")
+    folder = find_run(run)
+    found = measure_stereotypes(folder, limit)
+    renew(folder)
+    show(found, as_json=as_json, text=text_of(found))
 
 
 def report(

@@ -17,6 +17,7 @@ from cotune.shared.report.groups import Groups, build_groups
 from cotune.shared.report.method import Fact, load_snippet, mechanism_facts, training_facts
 from cotune.shared.report.plainly import GLOSSARY, Answer, Term, plain_answers
 from cotune.shared.report.scores import Score, base_score, comparison, measure, reload_check, score_rows
+from cotune.shared.report.stereotypes import Stereotypes, build_stereotypes
 from cotune.shared.report.verdict import Verdict, build_verdict
 from cotune.shared.report.wording import ABSENT
 
@@ -103,6 +104,7 @@ class Content:
     budgets: tuple[BudgetRow, ...]
     attacks: Attacks
     groups: Groups
+    stereotypes: Stereotypes
     footprint: tuple[Fact, ...]
     hazards: tuple[hazards.Hazard, ...]
     pyramid: tuple[hazards.Level, ...]
@@ -138,6 +140,7 @@ def build_content(evidence: Evidence) -> Content:
         budgets=tuple(budget_row(budget) for budget in evidence.budgets),
         attacks=build_attacks(evidence),
         groups=build_groups(evidence),
+        stereotypes=build_stereotypes(evidence),
         footprint=footprint_facts(evidence),
         hazards=hazards.build_hazards(evidence),
         pyramid=hazards.build_pyramid(evidence),

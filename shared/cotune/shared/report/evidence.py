@@ -23,7 +23,7 @@ MAX_BUDGETS = 50  # sites whose ledgers are read for the page; the others' are i
 
 @dataclass(frozen=True)
 class Evidence:
-    """The run's own records. `summary`, `claim`, `hardware`, `attack` and `footprint` are empty until written.
+    """The run's own records. `summary`, `claim`, `hardware`, `attack`, `footprint` and `bias` are empty until written.
 
     Attributes:
         attack: What `cotune attack` measured on this very claim.
@@ -44,6 +44,7 @@ class Evidence:
     attack: Record
     stale_attack: bool
     footprint: Record
+    bias: Record
     budgets: Sequence[Budget]
     signatures: Sequence[str]
     checkpoint_files: Sequence[str]
@@ -106,6 +107,7 @@ def read_evidence(run: RunFolder) -> Evidence:
         attack=attack if ours else {},
         stale_attack=bool(attack) and not ours,
         footprint=_optional(run.path / "env" / "footprint.json"),
+        bias=_optional(run.path / "bias.json"),
         budgets=_budgets(run, claim),
         signatures=sorted(filter(SITE_NAME.fullmatch, (p.stem for p in (run.privacy / "signatures").glob("*.sig")))),
         checkpoint_files=sorted({path.name for path in run.checkpoints.rglob("*") if path.is_file()}),
