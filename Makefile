@@ -51,7 +51,7 @@ test: setup ## The default tests: no network, no GPU, no Flower process.
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-slow: setup ## The slow tests: real packages, Flower, deployed federations, kills.
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(ARGS)
 
 check: setup ## The gate: format, lint, types, default tests.
 	scripts/check $(ARGS)

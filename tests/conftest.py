@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadFileScheduling
 
 from cotune.shared.chain import SignedHead, head_message
 from cotune.shared.job import Job
@@ -54,12 +55,17 @@ def pytest_configure() -> None:
     settings.load_profile("any speed")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup` a file's tests stay together, and a federation's, which are one story in many files."""
-    for item in items:
-        folder = item.path.parent
-        item.add_marker(pytest.mark.xdist_group(str(folder if folder.name == "deployed" else item.path)))
+class Stories(LoadFileScheduling):
+    """A file's tests stay together on a worker, and those of a federation, which are one story in many files."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::", 1)[0]
+        return file.rpartition("/")[0] if "/deployed/" in file else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Stories | None:
+    """With `--dist loadfile`, what is said above; else as pytest-xdist does it."""
+    return Stories(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture(autouse=True)
