@@ -124,7 +124,7 @@ def test_an_update_under_another_key_than_the_enrolled_one_is_found(history: His
 
 def test_a_round_charged_again_is_found_unless_it_may_have_been_lost(history: History) -> None:
     run_id = history.run.run_id
-    entries = [e for e in history.entries("site-3") if e.fields.get("run_id") == run_id and e.fields["round"] == 1]
+    entries = [e for e in history.entries("site-3") if e.fields.get("run_id") == run_id and e.fields.get("round") == 1]
     home = SiteHome.open(history.homes["site-3"])
     again = next(e for e in entries if e.action == "budget.reserve").fields
     home.ledger.append("budget.reserve", **again)
