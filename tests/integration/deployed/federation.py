@@ -253,6 +253,7 @@ def federation(
     record: Path | None = None,
     disks: Mapping[str, int] | None = None,
     records_of: Callable[[Path, str], Path] = write_records,
+    **budget: str,
 ) -> Generator[Federation]:
     """A coordinator, a line in front of it and sites that joined it, all up; ended afterwards, whatever happened.
 
@@ -264,6 +265,7 @@ def federation(
         record: A folder for all that passes between sites and gateway, in clear.
         disks: Folders below `folder` that are small disks, and their size in MiB.
         records_of: Writes a site's records into a folder.
+        budget: As of `Federation.join`.
     """
     names = ["coordinator", "relay", *sites, *spare]
     disks = disks or {}
@@ -283,7 +285,7 @@ def federation(
             try:
                 made_up.up(coordinator)
                 for name in sites:
-                    made_up.up(speed_up(made_up.join(name, records_of(folder / "records", name))))
+                    made_up.up(speed_up(made_up.join(name, records_of(folder / "records", name), **budget)))
                 made_up.await_online(sites)
                 yield made_up
             finally:
