@@ -8,6 +8,7 @@ from cotune.client.decisions import State
 from cotune.client.home import SiteHome
 from cotune.client.rules import BUDGET_RULES, RULES, Refusal, Request, first_refusal, unknown_dataset
 from cotune.shared.bundle import bundle_sha256
+from cotune.shared.errors import one_line
 from cotune.shared.plan import cotune_version
 from cotune.shared.proposal import MAX_TEXT, JobStanding, Proposal
 
@@ -35,7 +36,7 @@ def consider(home: SiteHome, proposal: Proposal) -> JobStanding:
         job_sha256=proposal.job.sha256(),
         state=state,
         rule=refusal.rule if refusal else None,
-        text=_printable(refusal.text) if refusal else None,
+        text=one_line(refusal.text, MAX_TEXT) if refusal else None,
     )
     return said.model_copy(update={"signature": home.ledger.sign("cotune-standing", said.message())})
 
@@ -90,7 +91,3 @@ def _refusal(home: SiteHome, proposal: Proposal) -> Refusal | None:
     if refusal or proposal.run_id in now.runs:
         return refusal
     return first_refusal(BUDGET_RULES, policy, dataset, request)
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else " " for letter in text[:MAX_TEXT])

@@ -119,6 +119,11 @@ INTERNAL_EXIT_CODE = 5
 INTERRUPTED_EXIT_CODE = 130
 
 
+def one_line(text: str, most: int) -> str:
+    """So many letters of words that may be a stranger's, on one line that steers no terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in text[:most])
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`` Did you mean `x`?`` for the nearest known word, or the empty string."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

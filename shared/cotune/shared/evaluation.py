@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cotune.shared.examples import Example, answer_of, choice_tokens, tokenize
-from cotune.shared.fairness import by_group, groups_of
+from cotune.shared.fairness import by_group, groups_of, wilson_interval
 from cotune.shared.features import Features
 from cotune.shared.job import Job
 from cotune.shared.network import Network, mean_by_row
@@ -169,15 +169,8 @@ def probe_records(job: Job) -> list[Record]:
 
 
 def _summarise(losses: Scores, tokens: Scores, hits: Scores | None) -> Evaluation:
-    from scipy.stats import binomtest
-
     scores = Evaluation(len(losses), float(losses.mean()), float(tokens.mean()))
     if hits is None:
         return scores
-    interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
-    return replace(
-        scores,
-        accuracy=float(hits.mean()),
-        accuracy_low=float(interval.low),
-        accuracy_high=float(interval.high),
-    )
+    low, high = wilson_interval(int(hits.sum()), len(hits))
+    return replace(scores, accuracy=float(hits.mean()), accuracy_low=low, accuracy_high=high)

@@ -50,7 +50,6 @@ def by_group(column: str, groups: Sequence[str], hits: Sequence[float]) -> dict[
         hits: Each row's 1 if the model was right, else 0.
     """
     from fairlearn.metrics import MetricFrame, count
-    from scipy.stats import binomtest
     from sklearn.metrics import accuracy_score
 
     right = [round(hit) for hit in hits]
@@ -63,14 +62,22 @@ def by_group(column: str, groups: Sequence[str], hits: Sequence[float]) -> dict[
     rows: list[dict[str, Any]] = []
     for group, figures in frame.by_group.iterrows():
         accuracy, examples = float(figures["accuracy"]), int(figures["examples"])
-        interval = binomtest(round(accuracy * examples), examples).proportion_ci(method="wilson")
+        low, high = wilson_interval(round(accuracy * examples), examples)
         rows.append(
             {
                 "group": str(group),
                 "examples": examples,
                 "accuracy": accuracy,
-                "accuracy_low": float(interval.low),
-                "accuracy_high": float(interval.high),
+                "accuracy_low": low,
+                "accuracy_high": high,
             }
         )
     return {"column": column, "rows": rows, "gap": float(frame.difference()["accuracy"])}
+
+
+def wilson_interval(right: int, of: int) -> tuple[float, float]:
+    """The 95 % interval of a share, by Wilson's score."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(right, of).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)

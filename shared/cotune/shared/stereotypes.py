@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from cotune.shared.errors import DataError, JobError
 from cotune.shared.examples import tokenize
+from cotune.shared.fairness import wilson_interval
 from cotune.shared.files import write_json
 from cotune.shared.job import Job
 from cotune.shared.model import load_model, load_tokenizer, locate
@@ -134,10 +135,8 @@ def _by_group(pairs: Sequence[Pair], before: Bools, after: Bools) -> list[dict[s
 
 
 def _share(hits: Bools) -> dict[str, float]:
-    from scipy.stats import binomtest
-
-    interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
-    return {"share": float(hits.mean()), "low": float(interval.low), "high": float(interval.high)}
+    low, high = wilson_interval(int(hits.sum()), len(hits))
+    return {"share": float(hits.mean()), "low": low, "high": high}
 
 
 def _percent(share: Mapping[str, float]) -> str:

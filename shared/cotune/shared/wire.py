@@ -9,7 +9,7 @@ import math
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from cotune.shared.errors import ConnectionFailed, RefusedError
+from cotune.shared.errors import ConnectionFailed, RefusedError, one_line
 from cotune.shared.plan import ClaimRequest, LedgerRequest, RoundPlan, cotune_version
 from cotune.shared.proposal import JobStanding, Proposal
 from cotune.shared.update import AdapterUpdate, Answer, Payload, SiteFailure, UpdateHeader
@@ -65,7 +65,7 @@ def answer_from_records(records: RecordDict, site: str) -> Answer:
             fault = "the answer is in the name of another site"
         if kind == "failure":
             said = SiteFailure.model_validate_json(header)
-            return said.model_copy(update={"site": site, "message": _clean(said.message)})
+            return said.model_copy(update={"site": site, "message": one_line(said.message, MAX_WORDS)})
     except (ValueError, ConnectionFailed):
         pass
     return SiteFailure(site=site, code="E-WIRE", message=fault)
@@ -164,11 +164,6 @@ def _require_version(header: str, what: str) -> None:
             f"the {what} is of cotune {str(said)[:40]}, installed here is {cotune_version()}",
             hint="install the coordinator's version, or ask it to install yours",
         )
-
-
-def _clean(text: str) -> str:
-    """A stranger's words: one short line without control characters."""
-    return "".join(letter if letter.isprintable() else " " for letter in text[:MAX_WORDS])
 
 
 def _pack(kind: str, header: str, array: ArrayRecord | None) -> RecordDict:

@@ -19,7 +19,7 @@ NOTHING, UNTESTED = "nothing claimed", "not tested"
 
 def attack(examined: Examined) -> str:
     """Whether attack/results.json, if there is one, is about this claim and bears it out."""
-    path = examined.run.path / "attack" / "results.json"
+    path = examined.run.attack / "results.json"
     if not path.exists():
         return "not run (cotune attack RUN)"
     said, claim = json.loads(path.read_bytes()), examined.claim

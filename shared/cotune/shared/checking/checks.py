@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from cotune.shared.errors import CotuneError
+from cotune.shared.errors import CotuneError, one_line
 
 MAX_DETAIL = 600
 Subject = TypeVar("Subject")
@@ -50,8 +50,7 @@ def run_checks(table: Mapping[str, Callable[[Subject], str]], subject: Subject) 
 
 def printable(text: str) -> str:
     """Words that may be a stranger's, on one line that steers no terminal."""
-    shown = "".join(letter if letter.isprintable() else " " for letter in text[: MAX_DETAIL + 1])
-    return shown if len(text) <= MAX_DETAIL else f"{shown[:MAX_DETAIL]} ..."
+    return one_line(text, MAX_DETAIL) + (" ..." if len(text) > MAX_DETAIL else "")
 
 
 def _made(name: str, check: Callable[[Subject], str], subject: Subject) -> Check:

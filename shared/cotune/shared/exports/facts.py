@@ -103,7 +103,7 @@ def read_facts(run: RunFolder) -> Facts:
     Raises:
         JobError: It published no claim (E-NO-CLAIM), or one that is none (E-CLAIM-FORM, E-CLAIM-VERSION).
     """
-    path, results = run.privacy / "claim.json", run.path / "attack" / "results.json"
+    path, results = run.privacy / "claim.json", run.attack / "results.json"
     if not path.exists():
         status = run.state()["status"]
         raise JobError("E-NO-CLAIM", f"{run.run_id} is {status}: it has no privacy claim", hint="cotune simulate JOB")

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cotune.shared.report import wording
 from cotune.shared.report.annexes import annex_xi
@@ -15,6 +16,9 @@ from cotune.shared.report.method import Fact, load_snippet
 from cotune.shared.report.page import read_template
 from cotune.shared.report.scores import base_score, federated_score
 from cotune.shared.runs import RunFolder
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 def model_card(run: RunFolder, site: str | None = None) -> str:
@@ -27,7 +31,6 @@ def model_card(run: RunFolder, site: str | None = None) -> str:
     Raises:
         JobError: A file of the run is damaged.
     """
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     evidence = read_evidence(run)
@@ -35,14 +38,7 @@ def model_card(run: RunFolder, site: str | None = None) -> str:
     if site:
         snippet = load_snippet(evidence, f"personal/{site}")
         content = replace(content, name=f"{content.name}: adapter of {site}", snippet=snippet)
-    environment = Environment(  # noqa: S701 - Markdown: `finalize` escapes every value
-        finalize=escape_markdown,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    template = environment.from_string(read_template("card.md.j2"))
+    template = markdown_environment().from_string(read_template("card.md.j2"))
     return template.render(
         c=content,
         base=_base(evidence),
@@ -51,6 +47,19 @@ def model_card(run: RunFolder, site: str | None = None) -> str:
         verify=Markup(f"`cotune verify {content.run_id}`"),  # noqa: S704 - a run id has no special character
         environment=_environment(evidence),
         annex_xi=annex_xi(evidence),
+    )
+
+
+def markdown_environment() -> Environment:
+    """Where templates of Markdown are filled in: every value is escaped."""
+    from jinja2 import Environment, StrictUndefined
+
+    return Environment(  # noqa: S701 - Markdown: `finalize` escapes every value
+        finalize=escape_markdown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
 
 

@@ -93,7 +93,7 @@ def read_evidence(run: RunFolder) -> Evidence:
         JobError: A file is there but damaged.
     """
     claim = run.claim() if (run.privacy / "claim.json").exists() else {}
-    attack = _optional(run.path / "attack" / "results.json")
+    attack = _optional(run.attack / "results.json")
     ours = attack.get("run_id") == run.run_id and attack.get("claim_id") == claim.get("claim_id")
     return Evidence(
         run_id=run.run_id,

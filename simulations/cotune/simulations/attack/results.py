@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from cotune.shared.checking.attacks import SCHEMA
 from cotune.shared.errors import CotuneError, JobError, RunFailed
 from cotune.shared.files import storage_errors, write_json
 from cotune.shared.report.renewal import renew
@@ -17,7 +18,6 @@ from cotune.simulations.attack.attacking import Attacks, Say
 from cotune.simulations.attack.canaries import canaries_sha256
 from cotune.simulations.attack.leakage import gradient_leakage
 
-SCHEMA = "cotune/attack/1"
 Verdict = Literal["holds", "broken", "not tested", "nothing claimed"]
 ALWAYS = (
     "the coordinator, who sees every site's noised update, could do more than a reader of the released model:"
