@@ -17,27 +17,38 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "broken_engines.py"
 RUNS = 20
 
 
+Power = dict[tuple[str, str], dict[str, Any]]
+
+
 @pytest.fixture(scope="module")
-def power() -> dict[str, dict[str, Any]]:
+def power() -> Power:
     command = [sys.executable, str(SCRIPT), "--runs", str(RUNS), "--canaries", "5000", "--claims", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    return {row["engine"]: row for row in map(json.loads, done.stdout.splitlines())}
+    return {(row["engine"], row["auditor"]): row for row in map(json.loads, done.stdout.splitlines())}
 
 
 @pytest.mark.slow
-def test_audits_leave_the_right_engine_alone(power: dict[str, dict[str, Any]]) -> None:
-    right = power["none (as it is)"]
+@pytest.mark.parametrize("auditor", ["coordinates", "opposed"])
+def test_audits_leave_the_right_engine_alone(power: Power, auditor: str) -> None:
+    right = power["as it is", auditor]
     assert right["caught_by_steinke"] <= 4
     assert right["caught_by_f_dp"] <= 4
     assert right["claimed"] == pytest.approx(1.0, abs=0.01)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["accountant reset each round", "training loss without noise"])
-def test_audits_catch_what_gives_away_far_more_than_it_claims(power: dict[str, dict[str, Any]], engine: str) -> None:
-    assert power[engine]["caught_by_f_dp"] >= 8
+@pytest.mark.parametrize(
+    "trial",
+    [
+        ("shuffled, not Poisson", "opposed"),
+        ("accountant reset each round", "coordinates"),
+        ("training loss without noise", "losses"),
+    ],
+)
+def test_audits_catch_what_gives_away_far_more_than_it_claims(power: Power, trial: tuple[str, str]) -> None:
+    assert power[trial]["caught_by_f_dp"] >= 8
 
 
 @pytest.mark.slow
-def test_half_the_noise_is_found_by_more_right_guesses(power: dict[str, dict[str, Any]]) -> None:
-    assert power["half the noise"]["right"] > power["none (as it is)"]["right"] + 0.03
+def test_half_the_noise_is_found_by_more_right_guesses(power: Power) -> None:
+    assert power["half the noise", "coordinates"]["right"] > power["as it is", "coordinates"]["right"] + 0.03

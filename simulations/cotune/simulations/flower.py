@@ -41,7 +41,7 @@ def run_on_flower(run: RunFolder) -> None:
     with tempfile.TemporaryDirectory(prefix="cotune-flower-") as name:
         home = Path(name)
         port = _free_port()
-        environment = _environment(home, port)
+        environment = engine_environment(home, port)
         log = run.path / "env" / "flower.log"
         with _superlink(home, port, environment, log) as superlink:
             run_id = _submit(run, home, environment)
@@ -54,7 +54,8 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _environment(home: Path, port: int) -> dict[str, str]:
+def engine_environment(home: Path, port: int) -> dict[str, str]:
+    """The environment of Flower's processes, whose SuperLink listens on this port; makes Flower's folder in home."""
     flower_home = home / "flwr"
     flower_home.mkdir()
     config = {"superlink": {"default": CONNECTION, CONNECTION: {"address": f"127.0.0.1:{port}", "insecure": True}}}
@@ -68,6 +69,7 @@ def _environment(home: Path, port: int) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ADDRESS": os.environ.get("RAY_ADDRESS") or "local",  # unsaid, Ray joins any cluster it finds here
         "RAY_memory_monitor_refresh_ms": "0",  # it would kill couriers, which hold nothing, for what workers hold
+        "OPENBLAS_NUM_THREADS": "1",  # its threads, when Ray forks beside them, are waited for without end
         "MALLOC_MMAP_THRESHOLD_": "1048576",  # memory of large arrays goes back to the system at once
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TOKENIZERS_PARALLELISM": "false",
