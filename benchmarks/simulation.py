@@ -146,7 +146,7 @@ def run_plain(case: Case, job: Job, folder: Path) -> dict[str, Any]:
     times = home / "times"
     times.touch()
     port = flower._free_port()
-    environment = flower._environment(home, port)
+    environment = flower.engine_environment(home, port)
     with flower._superlink(home, port, environment, home / "flower.log") as process, watched(process.pid) as watch:
         run_id = _submit(case, job, times, Control(environment))
         asked = time.monotonic()

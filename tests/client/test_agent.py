@@ -18,10 +18,12 @@ from tests.client.agents import NAME, RealSite, until, update_of
 
 from cotune.client.agent_link import SERVICE, AgentLink
 from cotune.client.frames import MAX_FRAME, read_answer, unpack
+from cotune.client.home import SiteHome
 from cotune.client.serving import alone, require_place
 from cotune.shared.bundle import bundle_sha256
 from cotune.shared.chain import read_chain, reserved
 from cotune.shared.errors import CotuneError, RefusedError, StorageError
+from cotune.shared.footprint import footprint
 from cotune.shared.plan import ClaimRequest, LedgerRequest
 from cotune.shared.proposal import Proposal
 from cotune.shared.signing import verify
@@ -34,7 +36,8 @@ def site(tmp_path: Path, tiny_causal: Path) -> RealSite:
 
 
 @pytest.fixture
-def process(site: RealSite, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+def process(site: RealSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
+    monkeypatch.delenv("COTUNE_FOOTPRINT")
     with site.agent(tmp_path / "agent.log") as process:
         yield process
 
@@ -54,6 +57,7 @@ def test_a_life_of_an_agent(site: RealSite, process: subprocess.Popen[bytes], tm
     """In one process, because each start loads the model library: what holds of a site's rounds holds one by one."""
     _it_is_closed_to_others(site, process)
     _it_loads_its_model_once(site)
+    _it_keeps_what_it_used_of_energy(site)
     _it_answers_while_it_trains(site)
     _it_trains_one_at_a_time(site)
     _it_finishes_for_a_courier_that_hung_up(site)
@@ -84,6 +88,17 @@ def _it_loads_its_model_once(site: RealSite) -> None:
         assert np.array_equal(update_of(site.ask(plan)).payload, update.payload)
         assert site.charges(plan.round, plan.run_id) == 1
     assert site.link().describe()["model_loads"] == 1
+
+
+def _it_keeps_what_it_used_of_energy(site: RealSite) -> None:
+    """By run, all rounds of it, in a file that is nobody else's to read."""
+    kept = SiteHome.open(site.home).footprint_path
+    earlier = footprint(kept("run-1"))
+    update_of(site.ask(site.plan(11)))
+    now = footprint(kept("run-1"))
+    assert now["energy_kwh"] > earlier["energy_kwh"] > 0 and now["seconds"] > earlier["seconds"]
+    assert footprint(kept("run-2"))["energy_kwh"] > 0
+    assert stat.S_IMODE(kept("run-1").stat().st_mode) & 0o077 == 0
 
 
 def _it_answers_while_it_trains(site: RealSite) -> None:

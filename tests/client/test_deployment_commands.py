@@ -21,6 +21,7 @@ from cotune.client.home import SiteHome
 from cotune.client.joining import join, write_request
 from cotune.server.authority import create_authority, ensure_server_certificate
 from cotune.shared.cli import run
+from cotune.shared.files import write_json
 
 HOST = "localhost"
 
@@ -164,13 +165,19 @@ def test_a_courier_user_who_is_not_there_is_named(joined_home: SiteHome, capsys:
 
 
 def test_status_of_a_site_that_is_ready(
-    joined_home: SiteHome, door: Door, notes: Path, capsys: pytest.CaptureFixture[str]
+    joined_home: SiteHome,
+    door: Door,
+    notes: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("COTUNE_FOOTPRINT")
     code, envelope = told(capsys, "status", "--home", joined_home.path)
     assert (code, envelope["status"]) == (0, "ok"), envelope
     assert verdicts(envelope, "data notes") == {"its file is the one the ledger knows": "ok"}
     assert verdicts(envelope, "budget notes") == {"epsilon 4.000 of 4 left": "ok"}
     assert verdicts(envelope, "agent") == {"not running": "note"}
+    assert verdicts(envelope, "energy") == {"no round was measured": "ok"}
     assert set(verdicts(envelope, "north").values()) == {"ok"}
     assert door.asked and "st-mary" not in "".join(door.asked), "a look tells nobody who looked"
     before = (joined_home.path / "ledger.jsonl").read_bytes()
@@ -183,6 +190,14 @@ def test_status_of_a_site_that_is_ready(
     [(text, verdict)] = verdicts(envelope, "data notes").items()
     assert (code, verdict) == (1, "fault") and "E-DATA-FILE" in text and envelope["error"]["code"] == "E-SITE-STATUS"
     assert (joined_home.path / "ledger.jsonl").read_bytes() == before, "to look is not to log"
+
+
+def test_status_adds_up_the_energy_of_all_runs(joined_home: SiteHome, capsys: pytest.CaptureFixture[str]) -> None:
+    for run_id, used in (("run-1", 0.002), ("run-2", 0.0005)):
+        write_json(joined_home.footprint_path(run_id), {"energy_kwh": used, "co2_kg": used / 2})
+    _, envelope = told(capsys, "status", "--home", joined_home.path)
+    [text] = verdicts(envelope, "energy")
+    assert text.startswith("2.50 Wh, 1.25 g CO2 equivalent for 2 runs") and str(joined_home.path) in text
 
 
 def sick(door: Door, home: SiteHome) -> None:

@@ -39,7 +39,7 @@ def test_a_new_home_is_private_signed_and_has_its_data_set_registered(make_home:
     home = make_home()
     assert stat.S_IMODE(home.path.stat().st_mode) == 0o700
     assert {p.name for p in home.path.iterdir()} == {
-        "site.key", "site.pub", "policy.toml", "data.salt", "ledger.jsonl", "head.json", "jobs", "updates"
+        "site.key", "site.pub", "policy.toml", "data.salt", "ledger.jsonl", "head.json", "jobs", "updates", "footprint"
     }  # fmt: skip
     assert desk.actions(home) == ["site.init", "data.register"]
     assert (home.path / "site.pub").read_text() == f"{home.ledger.head.public_key} st-mary\n"

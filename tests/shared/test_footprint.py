@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import logging
 import socket
 
@@ -8,13 +7,12 @@ import pytest
 
 from cotune.shared.errors import JobError
 from cotune.shared.files import write_json
-from cotune.shared.footprint import WORLD, country, measuring
-from cotune.shared.runs import create_run
+from cotune.shared.footprint import WORLD, country, footprint, measuring
 
 
 @pytest.fixture
-def run(make_job, tmp_path):
-    return create_run(tmp_path / "runs", make_job(), b"")
+def path(tmp_path):
+    return tmp_path / "footprint.json"
 
 
 @pytest.fixture
@@ -32,21 +30,17 @@ def measured(monkeypatch, tmp_path):
     return tmp_path / "here"
 
 
-def footprint(run):
-    return json.loads((run.path / "env" / "footprint.json").read_text())
-
-
 @pytest.mark.parametrize(("said", "name"), [("FRA", "France (FRA)"), (None, WORLD)])
-def test_energy_is_measured_and_told_with_how_and_where(run, measured, monkeypatch, said, name):
+def test_energy_is_measured_and_told_with_how_and_where(path, measured, monkeypatch, said, name):
     if said:
         monkeypatch.setenv("COTUNE_COUNTRY", said)
     monkeypatch.setenv("CODECARBON_SAVE_TO_FILE", "true")  # a user's own settings must not make it write or send
     monkeypatch.setenv("CODECARBON_SAVE_TO_API", "true")
     monkeypatch.setenv("CODECARBON_ELECTRICITYMAPS_API_TOKEN", "token")
     told: list[bool] = []
-    with measuring(run, lambda: told.append((run.path / "env" / "footprint.json").exists())):
+    with measuring(path, lambda: told.append(path.exists())):
         sum(range(3_000_000))
-    found = footprint(run)
+    found = footprint(path)
     assert found["energy_kwh"] > 0 and found["co2_kg"] > 0 and found["seconds"] > 0
     assert found["country"] == name and "codecarbon" in found["how"]
     assert told == [True]
@@ -55,42 +49,49 @@ def test_energy_is_measured_and_told_with_how_and_where(run, measured, monkeypat
         assert found["co2_kg"] / found["energy_kwh"] == pytest.approx(0.475, rel=0.01)  # kg a kWh, the world's average
 
 
-def test_a_run_that_fails_has_used_its_energy_all_the_same(run, measured):
+def test_a_run_that_fails_has_used_its_energy_all_the_same(path, measured):
     told: list[bool] = []
-    with pytest.raises(JobError, match="failed"), measuring(run, lambda: told.append(True)):
+    with pytest.raises(JobError, match="failed"), measuring(path, lambda: told.append(True)):
         raise JobError("E-X", "failed")
-    assert footprint(run)["energy_kwh"] > 0
+    assert footprint(path)["energy_kwh"] > 0
     assert told == []
 
 
-def test_a_run_that_goes_on_in_another_process_adds_up(run, measured):
+def test_a_run_that_goes_on_in_another_process_adds_up(path, measured):
     for _ in range(2):
-        with measuring(run, lambda: None):
+        with measuring(path):
             sum(range(100_000))
-        found = footprint(run)
-        write_json(run.path / "env" / "footprint.json", {**found, "energy_kwh": 5.0, "seconds": 100.0})
+        found = footprint(path)
+        write_json(path, {**found, "energy_kwh": 5.0, "seconds": 100.0})
     assert found["energy_kwh"] > 5 and found["seconds"] >= 100
 
 
-def test_a_country_that_is_none_ends_it_before_it_begins(run, measured, monkeypatch):
+def test_a_country_that_is_none_ends_it_before_it_begins(path, measured, monkeypatch):
     monkeypatch.setenv("COTUNE_COUNTRY", "Freedonia\x1b[2J")
     begun: list[bool] = []
-    with pytest.raises(JobError, match="ISO 3166") as caught, measuring(run, lambda: None):
+    with pytest.raises(JobError, match="ISO 3166") as caught, measuring(path):
         begun.append(True)
     assert caught.value.code == "E-COUNTRY" and "\x1b" not in caught.value.message
     assert begun == []
 
 
-def test_it_can_be_switched_off(run, monkeypatch):
+def test_it_can_be_switched_off(path, monkeypatch):
     monkeypatch.setenv("COTUNE_FOOTPRINT", "0")
     monkeypatch.setenv("COTUNE_COUNTRY", "nonsense")
-    with measuring(run, lambda: pytest.fail("there is nothing to tell")):
+    with measuring(path, lambda: pytest.fail("there is nothing to tell")):
         pass
     assert country() is None
-    assert not (run.path / "env" / "footprint.json").exists()
+    assert not path.exists()
 
 
-def test_the_tracker_says_nothing(run, measured, capfd, caplog):
-    with caplog.at_level(logging.DEBUG, logger="cotune"), measuring(run, lambda: None):
+def test_the_tracker_says_nothing(path, measured, capfd, caplog):
+    with caplog.at_level(logging.DEBUG, logger="cotune"), measuring(path):
         pass
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_figure_that_cannot_be_kept_is_lost_and_nothing_else(path, measured):
+    path.mkdir()
+    with measuring(path, lambda: pytest.fail("there is nothing to tell")):
+        done = True
+    assert done

@@ -40,6 +40,7 @@ from cotune.shared.errors import (
     RunFailed,
     place_of,
 )
+from cotune.shared.footprint import country, measuring
 from cotune.shared.job import Job
 from cotune.shared.model import locate
 from cotune.shared.plan import ClaimRequest, LedgerRequest, RoundPlan, cotune_version
@@ -175,9 +176,10 @@ class Agent:
         self._doing = {"run_id": plan.run_id, "round": plan.round}
         try:
             home = SiteHome.open(self._path)
-            self._let_in(Guard(home), plan)
-            work = self._work.of(plan.run_id)
-            return Site(Guard(home), HomeRecords(home), work).train(plan, adapter, warm_trainer(plan.job), progress)
+            with measuring(home.footprint_path(plan.run_id)):
+                self._let_in(Guard(home), plan)
+                work = self._work.of(plan.run_id)
+                return Site(Guard(home), HomeRecords(home), work).train(plan, adapter, warm_trainer(plan.job), progress)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is told in public words
             return self._told(error)
         finally:
@@ -224,6 +226,7 @@ def main() -> None:
     asked = parser.parse_args()
     shut_in()
     try:
+        country()
         agent = Agent(asked.home, say)
         with alone(asked.home / "agent.lock"):
             serve(agent, asked.socket, asked.courier_user)

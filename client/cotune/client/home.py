@@ -22,7 +22,7 @@ from cotune.shared.job import Job
 from cotune.shared.jobfile import read_text
 from cotune.shared.keyfile import SigningKey
 
-FOLDERS = ("jobs", "updates")
+FOLDERS = ("jobs", "updates", "footprint")
 
 
 def default_home() -> Path:
@@ -170,6 +170,10 @@ class SiteHome:
     def data_path(self, dataset: DatasetPolicy) -> Path:
         """A data set's file."""
         return self.files.path(dataset)
+
+    def footprint_path(self, run_id: str) -> Path:
+        """Where it is kept what a run used of energy here."""
+        return self.path / "footprint" / f"{run_id}.json"
 
     @property
     def updates(self) -> Updates:

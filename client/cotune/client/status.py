@@ -17,7 +17,9 @@ from cotune.client.home import SiteHome
 from cotune.client.joining import joined
 from cotune.client.preflight import Check, fault, reach
 from cotune.shared.errors import CotuneError, JobError
+from cotune.shared.footprint import INSTALL, footprint, is_measured
 from cotune.shared.plan import cotune_version
+from cotune.shared.report.wording import small
 from cotune.shared.supervision import running
 
 LEAST_DISK, LITTLE_DISK = 100 * 2**20, 2 * 2**30
@@ -40,6 +42,7 @@ def checks(path: Path) -> Iterator[Check]:
     yield from _data(home)
     yield _disk(home.path)
     yield from _agent(home.path)
+    yield _energy(home)
     yield from _federations(home)
 
 
@@ -114,6 +117,16 @@ def _agent_text(said: dict[str, Any]) -> Check:
     doing = said["training"]
     busy = f"trains round {doing['round']} of {doing['run_id']}" if doing else "waits for a round"
     return Check("agent", "ok", f"process {said['pid']} {busy}; base model loaded {said['model_loads']} times")
+
+
+def _energy(home: SiteHome) -> Check:
+    """What this machine used for each run: it stays here, unless an administrator tells it."""
+    runs = [found for path in home.path.glob("footprint/*.json") if (found := footprint(path))]
+    if not runs:
+        return Check("energy", "ok", "no round was measured" if is_measured() else f"not measured: {INSTALL}")
+    used, co2 = (small(1000 * sum(run[name] for run in runs)) for name in ("energy_kwh", "co2_kg"))
+    where = f"{len(runs)} run{'s' if len(runs) > 1 else ''}, each in {home.path / 'footprint'}"
+    return Check("energy", "ok", f"{used} Wh, {co2} g CO2 equivalent for {where}")
 
 
 def _device_here() -> Check:

@@ -1,4 +1,4 @@
-"""What a run on this machine uses of energy, estimated by codecarbon without a network; optional."""
+"""What this machine uses of energy for a run, estimated by codecarbon without a network; optional."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import logging
 import os
 from collections.abc import Callable, Generator, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from cotune.shared.errors import JobError
+from cotune.shared.errors import JobError, StorageError
 from cotune.shared.files import write_json
-from cotune.shared.runs import RunFolder
 
+INSTALL = "python -m pip install 'cotune[footprint]'"
 COUNTRY, SWITCH = "COTUNE_COUNTRY", "COTUNE_FOOTPRINT"
 WORLD = "world average: no country was said (COTUNE_COUNTRY)"
 HOW = {
@@ -48,15 +49,15 @@ def is_measured() -> bool:
 
 
 @contextlib.contextmanager
-def measuring(run: RunFolder, written: Callable[[], None]) -> Generator[None]:
-    """Measure this process and all it starts while the block runs, and write ``env/footprint.json`` at its end.
+def measuring(path: Path, written: Callable[[], None] = lambda: None) -> Generator[None]:
+    """Measure this process and all it starts while the block runs, and add it to what the file says at its end.
 
     The tracker sends nothing and writes nothing, whatever the user's own settings of codecarbon are: outputs and
     the token of its only service are given here. It samples from a thread of its own, every 15 seconds; what a
     process used that began and ended between two samples is missed.
 
     Args:
-        run: Whose footprint it is.
+        path: The file of a run's footprint. Where it cannot be written the figure is lost, and nothing else.
         written: Called once there is one, so that what shows it can be written anew; not if the block raises.
 
     Raises:
@@ -68,10 +69,18 @@ def measuring(run: RunFolder, written: Callable[[], None]) -> Generator[None]:
         yield
     finally:
         found = _stopped(tracker, where) if tracker else None
-        if found:
-            write_json(run.path / "env" / "footprint.json", {**found, **_with_earlier(run, found)})
-    if found:
+        kept = found is not None and _kept(path, found)
+    if kept:
         written()
+
+
+def footprint(path: Path) -> dict[str, Any]:
+    """What a file says: `energy_kwh`, `co2_kg`, `seconds`, `how` and `country`; empty where nothing was measured."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def _tracker(where: str | None) -> Any:
@@ -110,8 +119,11 @@ def _stopped(tracker: Any, where: str | None) -> dict[str, Any] | None:
     }
 
 
-def _with_earlier(run: RunFolder, found: Mapping[str, Any]) -> dict[str, float]:
-    """The sums with what earlier processes of the same run used: one that was interrupted goes on in another."""
-    path = run.path / "env" / "footprint.json"
-    earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return {name: found[name] + earlier.get(name, 0.0) for name in ("energy_kwh", "co2_kg", "seconds")}
+def _kept(path: Path, found: Mapping[str, Any]) -> bool:
+    """Add it to what is there: a run that was interrupted goes on in another process, a site's run has many rounds."""
+    earlier = footprint(path)
+    sums = {name: found[name] + earlier.get(name, 0.0) for name in ("energy_kwh", "co2_kg", "seconds")}
+    with contextlib.suppress(StorageError):
+        write_json(path, {**found, **sums})
+        return True
+    return False

@@ -186,9 +186,10 @@ def _run_shown(run: RunFolder, engine: Engine, *, quiet: bool, as_json: bool) ->
 
     run.set_engine(engine)
     steps = work_folder(run.run_id) / "progress.jsonl"
+    measured = measuring(run.path / "env" / "footprint.json", lambda: renew(run))
     view = View(run, site_names(run.job()), lambda: read_lines(steps))
     try:
-        with shown(view, quiet=quiet, as_json=as_json), measuring(run, lambda: renew(run)):
+        with shown(view, quiet=quiet, as_json=as_json), measured:
             if engine == "flower":
                 from cotune.simulations.flower import run_on_flower
 

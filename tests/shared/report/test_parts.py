@@ -107,7 +107,7 @@ def test_what_was_not_measured_is_said_with_the_way_to_it(whole_run, build):
     assert "not measured: python -m pip install 'cotune[footprint]'" in Page(render(whole_run)).text
     sites = {"data": {"train": None, "sites": {"a": "site:", "b": "site:"}, "dataset": "notes"}}
     deployed = build(**sites).rounds(3).finished(engine="deployed").claimed().run
-    assert "what their machines used is theirs to say" in Page(render(deployed)).text
+    assert "`cotune site status` at each says what its machine used" in Page(render(deployed)).text
 
 
 def test_what_only_people_can_answer_is_left_to_them(whole_run):
