@@ -58,13 +58,16 @@ def facts(run: RunFolder) -> Facts:
 
 
 def test_the_registry_record_has_the_form_and_the_claims_figures(facts: Facts) -> None:
-    record = yaml.safe_load(registry_yaml(facts))
+    record = yaml.safe_load(registry_yaml(facts, "nonprofit"))
     RegistryRecord.model_validate_json(json.dumps(record))
     deployment, guarantee = record["deployment"], facts.guarantee
     parameters = {"epsilon": guarantee["epsilon"], "delta": guarantee["delta"]}
     assert deployment["privacy_loss"]["privacy_parameters"] == parameters
     assert record["url_slug"] == "20260101-000000-aaaa-tiny"
-    assert record["status"] == "Draft"
+    assert deployment["administrative"]["status"] == "Draft"
+    claim = deployment["administrative"]["evidence_sources"]["privacy_claim"]
+    assert facts.claim["claim_id"] in claim["misc"]["note"]
+    assert {each["data_curator_type"] for each in deployment["basic"]["data_curators"]} == {"Nonprofit"}
     assert [each["data_curator_name"] for each in deployment["basic"]["data_curators"]] == ["site-1", "site-2"]
     assert deployment["basic"]["intended_use"] == deployment["basic"]["data_product_region"] == BLANK
     for item in facts.claim["unprotected"]:
@@ -73,8 +76,14 @@ def test_the_registry_record_has_the_form_and_the_claims_figures(facts: Facts) -
         assert each["sees"] in deployment["deployment_model"]["actors"]
 
 
+def test_texts_of_several_lines_are_blocks(facts: Facts) -> None:
+    text = registry_yaml(facts, "nonprofit")
+    assert "unprotected_quantities: |\n" in text
+    assert f"\n      - {facts.claim['unprotected'][0]}\n" in text
+
+
 def test_no_field_beside_the_registrys_passes(facts: Facts) -> None:
-    record = yaml.safe_load(registry_yaml(facts))
+    record = yaml.safe_load(registry_yaml(facts, "nonprofit"))
     record["deployment"]["basic"]["certified"] = True
     with pytest.raises(ValueError, match="certified"):
         RegistryRecord.model_validate_json(json.dumps(record))
@@ -101,7 +110,7 @@ def test_the_record_of_processing_has_every_letter_of_article_30(facts: Facts) -
 
 
 def test_no_export_says_what_nobody_can_say(facts: Facts) -> None:
-    for text in (registry_yaml(facts), document("dpia", facts), document("record", facts)):
+    for text in (registry_yaml(facts, "nonprofit"), document("dpia", facts), document("record", facts)):
         assert not NEVER.search(text)
 
 
@@ -117,7 +126,7 @@ def test_a_run_that_promises_nothing_says_so_first_and_is_in_no_registry(
 ) -> None:
     facts = read_facts(published(tmp_path, sign_head, privacy=privacy))
     with pytest.raises(PrivacyError) as caught:
-        registry_yaml(facts)
+        registry_yaml(facts, "nonprofit")
     assert caught.value.code == "E-NON-PRIVATE"
     for kind in ("dpia", "record"):
         text = document(kind, facts)
@@ -138,7 +147,9 @@ def test_names_from_a_job_are_text_and_no_markup(tmp_path: Path, sign_head: Sign
 def test_the_command_writes_what_it_is_asked_for(run: RunFolder, tmp_path: Path, capsys: Any) -> None:
     names = {"--registry": "r.yaml", "--dpia": "d.md", "--record": "p.md"}
     files = [part for option, name in names.items() for part in (option, str(tmp_path / name))]
-    assert command(["export", str(run.path), *files, "--json"]) == 0
+    assert command(["export", str(run.path), *files]) == 4
+    assert "--curators" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert command(["export", str(run.path), *files, "--curators", "government", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)["data"]
     assert said == {option.strip("-"): str(tmp_path / name) for option, name in names.items()}
     assert all((tmp_path / name).read_text() for name in names.values())

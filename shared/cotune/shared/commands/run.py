@@ -10,6 +10,7 @@ import typer
 
 from cotune.shared.cli import show, show_failed
 from cotune.shared.errors import JobError, RunFailed, did_you_mean
+from cotune.shared.exports.registry import Curators
 from cotune.shared.files import write_atomic
 from cotune.shared.finding import find_run
 
@@ -134,6 +135,9 @@ def export(
     registry: Annotated[
         Path | None, typer.Option(help="Record of the DP Deployments Registry (OpenDP, NIST), as YAML.")
     ] = None,
+    curators: Annotated[
+        Curators | None, typer.Option(help="What the sites are; the registry's record has to say it.")
+    ] = None,
     dpia: Annotated[
         Path | None, typer.Option(help="Facts for an impact assessment (GDPR Art. 35(7)), Markdown.")
     ] = None,
@@ -147,7 +151,7 @@ def export(
         raise JobError("E-EXPORT-WHAT", what, param="--out", hint="cotune export --help")
     folder, said = find_run(run), dict[str, Any]()
     if wanted:
-        said |= _write_facts(folder, wanted)
+        said |= _write_facts(folder, wanted, curators)
     if out:
         from cotune.shared.scoring import export_adapter
 
@@ -158,7 +162,7 @@ def export(
     show(said, as_json=as_json, text="\n".join(lines))
 
 
-def _write_facts(folder: RunFolder, wanted: Mapping[str, Path]) -> dict[str, str]:
+def _write_facts(folder: RunFolder, wanted: Mapping[str, Path], curators: Curators | None) -> dict[str, str]:
     """Write the texts that were asked for, all or none of them."""
     from cotune.shared.exports.documents import document
     from cotune.shared.exports.facts import read_facts
@@ -166,7 +170,7 @@ def _write_facts(folder: RunFolder, wanted: Mapping[str, Path]) -> dict[str, str
 
     facts = read_facts(folder)
     makers: dict[str, Callable[[], str]] = {
-        "registry": lambda: registry_yaml(facts),
+        "registry": lambda: registry_yaml(facts, curators),
         "dpia": lambda: document("dpia", facts),
         "record": lambda: document("record", facts),
     }

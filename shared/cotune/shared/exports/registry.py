@@ -1,20 +1,22 @@
 """A run as a record of the Differential Privacy Deployments Registry (OpenDP and NIST), as YAML.
 
-The form below has the fields of the registry's published records of September 2026.
+The form below is the part of the registry's schema of autumn 2026 that a run's facts fill: the same names, enumerations
+and required fields, fewer optional ones.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cotune.shared.errors import PrivacyError
+from cotune.shared.errors import JobError, PrivacyError
 from cotune.shared.exports.facts import BLANK, Facts
 
 Text = str
+Curators = Literal["government", "industry", "nonprofit"]
 
 
 class _Part(BaseModel):
@@ -25,6 +27,7 @@ class _Part(BaseModel):
 
 class _Curator(_Part):
     data_curator_name: Text
+    data_curator_type: Literal["Government", "Industry", "Nonprofit"]
 
 
 class _Basic(_Part):
@@ -66,21 +69,31 @@ class _Model(_Part):
     access_type_details: Text
 
 
-class _Accounting(_Part):
-    post_processing: Text
-    composition: Text
-
-
 class _Implementation(_Part):
     preprocessing_and_hyperparameter_tuning: Text
     mechanisms: Text
+    composition: Text
+    post_processing: Text
     justification: Text
+    additional_information: Text
+
+
+class _Reference(_Part):
+    title: Text
+    note: Text
+    year: Text
+
+
+class _Evidence(_Part):
+    evidence_source_type: Literal["Authorized organizational attestation"]
+    misc: _Reference
 
 
 class _Administrative(_Part):
-    sources: Text
-    notes: Text
+    evidence_sources: Mapping[Literal["privacy_claim"], _Evidence]
+    status: Literal["Draft"]
     registry_authors: tuple[Text, ...] = Field(min_length=1)
+    tier: Literal[3]
 
 
 class _Deployment(_Part):
@@ -88,7 +101,6 @@ class _Deployment(_Part):
     dp_variant: _Variant
     privacy_loss: _Loss
     deployment_model: _Model
-    accounting: _Accounting
     implementation: _Implementation
     administrative: _Administrative
 
@@ -97,34 +109,48 @@ class RegistryRecord(_Part):
     """A record, as a draft: only its authors may call it more."""
 
     url_slug: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
-    status: Literal["Draft"]
-    tier: Literal[3]
     deployment: _Deployment
 
 
-def registry_yaml(facts: Facts) -> str:
+def registry_yaml(facts: Facts, curators: Curators | None) -> str:
     """The record of a run; what only its controller knows is marked.
 
+    Args:
+        facts: Of the run.
+        curators: What the sites are.
+
     Raises:
+        JobError: E-EXPORT-WHAT: it was not said; the registry takes no record without it.
         PrivacyError: E-NON-PRIVATE: the registry has differentially private deployments alone.
     """
     import yaml
 
+    if not curators:
+        raise JobError(
+            "E-EXPORT-WHAT", "expected what the sites are: government, industry or nonprofit", param="--curators",
+            hint="cotune export RUN --registry FILE --curators nonprofit",
+        )  # fmt: skip
     if not facts.guarantee:
         raise PrivacyError("E-NON-PRIVATE", "the registry lists differentially private deployments; this run is none")
-    record = RegistryRecord.model_validate(_record(facts))
-    return yaml.safe_dump(record.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    record = RegistryRecord.model_validate(_record(facts, curators))
+
+    class Blocks(yaml.SafeDumper):
+        """Texts of several lines as blocks, which people can read and the registry asks for."""
+
+    def block(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+    Blocks.add_representer(str, block)
+    return yaml.dump(record.model_dump(mode="json"), Dumper=Blocks, sort_keys=False, allow_unicode=True, width=100)
 
 
-def _record(facts: Facts) -> dict[str, Any]:
+def _record(facts: Facts, curators: Curators) -> dict[str, Any]:
     claim = facts.claim
     slug = re.sub(r"[^a-z0-9]+", "-", claim["run_id"].lower()).strip("-")
     return {
         "url_slug": slug,
-        "status": "Draft",
-        "tier": 3,
         "deployment": {
-            "basic": _basic(facts),
+            "basic": _basic(facts, curators),
             "dp_variant": {
                 "variant_name": "Approximate DP",
                 "data_domain": f"The records of {len(claim['sites'])} sites, {facts.agreed}.",
@@ -132,26 +158,19 @@ def _record(facts: Facts) -> dict[str, Any]:
             },
             "privacy_loss": _loss(facts),
             "deployment_model": _model(facts),
-            "accounting": {
-                "post_processing": "Joining of updates, folding, encoding, scoring on public rows: after the noise.",
-                "composition": _listed(
-                    f"{key.replace('_', ' ')}: {said}" for key, said in claim["composition"].items()
-                ),
-            },
             "implementation": _implementation(facts),
-            "administrative": {
-                "sources": f"Privacy claim {claim['claim_id']}, signed by coordinator and sites; cotune verify RUN.",
-                "notes": f"Sector and type of the curators: {BLANK}.",
-                "registry_authors": [BLANK],
-            },
+            "administrative": _administrative(claim),
         },
     }
 
 
-def _basic(facts: Facts) -> dict[str, Any]:
+def _basic(facts: Facts, curators: Curators) -> dict[str, Any]:
     return {
         "name": facts.job.run.name,
-        "data_curators": [{"data_curator_name": site["id"]} for site in facts.claim["sites"]],
+        "data_curators": [
+            {"data_curator_name": site["id"], "data_curator_type": curators.capitalize()}
+            for site in facts.claim["sites"]
+        ],
         "description": facts.training,
         "intended_use": BLANK,
         "data_product_type": "Machine learning model",
@@ -199,7 +218,22 @@ def _implementation(facts: Facts) -> dict[str, Any]:
         "mechanisms": _listed(
             [*(f"{key}: {said}" for key, said in claim["mechanism"].items()), f"software: {software}"]
         ),
+        "composition": _listed(f"{key.replace('_', ' ')}: {said}" for key, said in claim["composition"].items()),
+        "post_processing": "Joining of updates, folding, encoding, scoring on public rows: after the noise.",
         "justification": BLANK,
+        "additional_information": f"Sector of the data product: {BLANK}.",
+    }
+
+
+def _administrative(claim: Mapping[str, Any]) -> dict[str, Any]:
+    note = f"Claim {claim['claim_id']}, signed by coordinator and sites; to be checked with: cotune verify RUN"
+    reference = {"title": "Privacy claim of the run", "note": note, "year": claim["created"][:4]}
+    evidence = {"evidence_source_type": "Authorized organizational attestation", "misc": reference}
+    return {
+        "evidence_sources": {"privacy_claim": evidence},
+        "status": "Draft",
+        "registry_authors": [BLANK],
+        "tier": 3,
     }
 
 
