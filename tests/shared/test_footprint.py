@@ -95,3 +95,23 @@ def test_a_figure_that_cannot_be_kept_is_lost_and_nothing_else(path, measured):
     with measuring(path, lambda: pytest.fail("there is nothing to tell")):
         done = True
     assert done
+
+
+@pytest.mark.parametrize("fault", ["start", "stop"])
+def test_a_tracker_that_fails_costs_the_figure_and_nothing_else(path, measured, monkeypatch, fault):
+    def fail(_self: object) -> None:
+        raise RuntimeError("no such sensor")
+
+    monkeypatch.setattr(f"codecarbon.OfflineEmissionsTracker.{fault}", fail)
+    with measuring(path, lambda: pytest.fail("there is nothing to tell")):
+        done = True
+    assert done and footprint(path) == {}
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{"])
+def test_a_damaged_file_counts_as_none_and_is_written_anew(path, measured, content):
+    path.write_text(content)
+    assert footprint(path) == {}
+    with measuring(path):
+        pass
+    assert footprint(path)["seconds"] > 0

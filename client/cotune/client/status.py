@@ -124,7 +124,7 @@ def _energy(home: SiteHome) -> Check:
     runs = [found for path in home.path.glob("footprint/*.json") if (found := footprint(path))]
     if not runs:
         return Check("energy", "ok", "no round was measured" if is_measured() else f"not measured: {INSTALL}")
-    used, co2 = (small(1000 * sum(run[name] for run in runs)) for name in ("energy_kwh", "co2_kg"))
+    used, co2 = (small(1000 * sum(run.get(name, 0.0) for run in runs)) for name in ("energy_kwh", "co2_kg"))
     where = f"{len(runs)} run{'s' if len(runs) > 1 else ''}, each in {home.path / 'footprint'}"
     return Check("energy", "ok", f"{used} Wh, {co2} g CO2 equivalent for {where}")
 

@@ -57,18 +57,20 @@ def measuring(path: Path, written: Callable[[], None] = lambda: None) -> Generat
     process used that began and ended between two samples is missed.
 
     Args:
-        path: The file of a run's footprint. Where it cannot be written the figure is lost, and nothing else.
+        path: The file of a run's footprint. What cannot be measured or written is lost, and nothing else is.
         written: Called once there is one, so that what shows it can be written anew; not if the block raises.
 
     Raises:
         JobError: The country is none (E-COUNTRY); before the block.
     """
-    where = country()
-    tracker = _tracker(where) if is_measured() else None
+    where, tracker, found = country(), None, None
+    with contextlib.suppress(Exception):  # of a library that only measures
+        tracker = _tracker(where) if is_measured() else None
     try:
         yield
     finally:
-        found = _stopped(tracker, where) if tracker else None
+        with contextlib.suppress(Exception):
+            found = _stopped(tracker, where) if tracker else None
         kept = found is not None and _kept(path, found)
     if kept:
         written()
@@ -77,10 +79,10 @@ def measuring(path: Path, written: Callable[[], None] = lambda: None) -> Generat
 def footprint(path: Path) -> dict[str, Any]:
     """What a file says: `energy_kwh`, `co2_kg`, `seconds`, `how` and `country`; empty where nothing was measured."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found
+    return found if isinstance(found, dict) else {}
 
 
 def _tracker(where: str | None) -> Any:
