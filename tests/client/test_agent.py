@@ -29,6 +29,8 @@ from cotune.shared.proposal import Proposal
 from cotune.shared.signing import verify
 from cotune.shared.update import AdapterUpdate, Answer, SiteFailure, payload_sha256
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def site(tmp_path: Path, tiny_causal: Path) -> RealSite:

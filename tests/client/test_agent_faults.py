@@ -19,6 +19,8 @@ from cotune.shared.plan import LedgerRequest
 from cotune.shared.proposal import Proposal
 from cotune.shared.update import SiteFailure
 
+pytestmark = pytest.mark.slow
+
 # Killed there, how often is the round charged? Once if it was not charged yet, or had given its update already.
 CHARGES = {
     "before the plan is admitted": 1,

@@ -660,6 +660,7 @@ def test_baselines_are_added_and_the_run_still_verifies(job_file: Path) -> None:
         assert line["evaluation"]["examples"] == 30
 
 
+@pytest.mark.slow
 def test_groups_of_the_public_rows_are_scored_and_a_column_that_is_not_there_ends_it_at_once(
     job_file: Path, tmp_path: Path
 ) -> None:
@@ -679,6 +680,7 @@ def test_groups_of_the_public_rows_are_scored_and_a_column_that_is_not_there_end
     assert code == 0 and "  South Wing: " in out
 
 
+@pytest.mark.slow
 def test_the_energy_of_a_run_is_in_its_report_and_its_manifest(
     job_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

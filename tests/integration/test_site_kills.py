@@ -37,6 +37,7 @@ def check(result: dict[str, Any], kills: int) -> None:
     assert result["sent"] > kills / 10, "it must have worked in between"
 
 
+@pytest.mark.slow
 def test_a_site_killed_at_each_named_step_and_at_random_never_releases_uncharged(make_job: Any, tmp_path: Path) -> None:
     check(killed(make_job, tmp_path, 25), 25)
 

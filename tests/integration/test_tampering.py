@@ -19,6 +19,8 @@ from cotune.shared.runs import RunFolder
 from cotune.shared.signers import COORDINATOR, NAMESPACE, signature_path, signers_path
 from cotune.shared.verification import CHECKS, verify_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:

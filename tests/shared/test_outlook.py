@@ -30,6 +30,7 @@ def test_noise_to_signal_is_the_norm_of_the_noise_of_the_mean_over_the_clipping_
     assert found.run == pytest.approx(found.step / math.sqrt(job.steps))
 
 
+@pytest.mark.slow
 def test_advice_is_what_the_changed_job_really_has_at_the_same_epsilon(make_job: Any) -> None:
     job = resolve(make_job(train={"batch_size": 5}))
     found = {advice.settings: advice.noise_to_signal for advice in expected(job).advice}
