@@ -2,7 +2,8 @@
 
 Rates of false alarms: the right engine is refuted at 95 % confidence in one run of twenty at most, so in five of
 twenty once in 400 runs; its bounds stay far below the claim, so that it is far rarer. Power against an accountant reset
-each round is 0.77 (100 runs), so that fewer than eight of twenty are caught once in 10,000 runs.
+each round is 0.75 (100 runs), so that fewer than eight of twenty are caught once in 5,000 runs; against the two others
+0.99 and more.
 """
 
 import json
@@ -38,15 +39,17 @@ def test_audits_leave_the_right_engine_alone(power: Power, auditor: str) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "trial",
+    ("engine", "auditor", "least"),
     [
-        ("shuffled, not Poisson", "opposed"),
-        ("accountant reset each round", "coordinates"),
-        ("training loss without noise", "losses"),
+        ("shuffled, not Poisson", "opposed", RUNS - 4),
+        ("accountant reset each round", "coordinates", 8),
+        ("training loss without noise", "losses", RUNS - 4),
     ],
 )
-def test_audits_catch_what_gives_away_far_more_than_it_claims(power: Power, trial: tuple[str, str]) -> None:
-    assert power[trial]["caught_by_f_dp"] >= 8
+def test_audits_catch_what_gives_away_far_more_than_it_claims(
+    power: Power, engine: str, auditor: str, least: int
+) -> None:
+    assert power[engine, auditor]["caught_by_f_dp"] >= least
 
 
 @pytest.mark.slow

@@ -213,10 +213,7 @@ def test_a_planted_fault_is_refuted(fault: str, scenario: str, trials: int) -> N
 
 @pytest.mark.slow
 def test_the_power_against_a_fifth_less_noise_and_against_every_planted_fault() -> None:
-    """Some five in ten runs find a fifth less noise; of everything else 0.98 and more (60 runs of each).
-
-    At that power fewer than sixteen of twenty are caught once in 50,000 times.
-    """
+    """Some five in ten runs find a fifth less noise; nine in ten of everything else is the least to be useful."""
     scenario = SCENARIOS["every step"]
     less = replace(scenario, mechanism=mechanism(1.0, 0.8 * scenario.mechanism.noise_multiplier))
 
@@ -231,7 +228,7 @@ def test_the_power_against_a_fifth_less_noise_and_against_every_planted_fault() 
             lambda fault=fault, loud=loud, trials=trials: check_two_worlds(FAULTS[fault], loud, trials),
             fault=fault,
             repeats=20,
-            least=16,
+            least=18,
         )
 
 

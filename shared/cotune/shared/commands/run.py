@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from cotune.shared.cli import show, show_failed
 from cotune.shared.errors import JobError, RunFailed, did_you_mean
-from cotune.shared.exports.registry import Curators
 from cotune.shared.files import write_atomic
 from cotune.shared.finding import find_run
 
@@ -136,7 +135,8 @@ def export(
         Path | None, typer.Option(help="Record of the DP Deployments Registry (OpenDP, NIST), as YAML.")
     ] = None,
     curators: Annotated[
-        Curators | None, typer.Option(help="What the sites are; the registry's record has to say it.")
+        Literal["government", "industry", "nonprofit"] | None,
+        typer.Option(help="What the sites are; the registry's record has to say it."),
     ] = None,
     dpia: Annotated[
         Path | None, typer.Option(help="Facts for an impact assessment (GDPR Art. 35(7)), Markdown.")
@@ -162,7 +162,7 @@ def export(
     show(said, as_json=as_json, text="\n".join(lines))
 
 
-def _write_facts(folder: RunFolder, wanted: Mapping[str, Path], curators: Curators | None) -> dict[str, str]:
+def _write_facts(folder: RunFolder, wanted: Mapping[str, Path], curators: str | None) -> dict[str, str]:
     """Write the texts that were asked for, all or none of them."""
     from cotune.shared.exports.documents import document
     from cotune.shared.exports.facts import read_facts

@@ -16,7 +16,6 @@ from cotune.shared.errors import JobError, PrivacyError
 from cotune.shared.exports.facts import BLANK, Facts
 
 Text = str
-Curators = Literal["government", "industry", "nonprofit"]
 
 
 class _Part(BaseModel):
@@ -112,12 +111,12 @@ class RegistryRecord(_Part):
     deployment: _Deployment
 
 
-def registry_yaml(facts: Facts, curators: Curators | None) -> str:
+def registry_yaml(facts: Facts, curators: str | None) -> str:
     """The record of a run; what only its controller knows is marked.
 
     Args:
         facts: Of the run.
-        curators: What the sites are.
+        curators: What the sites are: government, industry or nonprofit.
 
     Raises:
         JobError: E-EXPORT-WHAT: it was not said; the registry takes no record without it.
@@ -144,7 +143,7 @@ def registry_yaml(facts: Facts, curators: Curators | None) -> str:
     return yaml.dump(record.model_dump(mode="json"), Dumper=Blocks, sort_keys=False, allow_unicode=True, width=100)
 
 
-def _record(facts: Facts, curators: Curators) -> dict[str, Any]:
+def _record(facts: Facts, curators: str) -> dict[str, Any]:
     claim = facts.claim
     slug = re.sub(r"[^a-z0-9]+", "-", claim["run_id"].lower()).strip("-")
     return {
@@ -164,7 +163,7 @@ def _record(facts: Facts, curators: Curators) -> dict[str, Any]:
     }
 
 
-def _basic(facts: Facts, curators: Curators) -> dict[str, Any]:
+def _basic(facts: Facts, curators: str) -> dict[str, Any]:
     return {
         "name": facts.job.run.name,
         "data_curators": [
